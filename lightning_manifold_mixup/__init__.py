@@ -1,0 +1,13 @@
+"""Manifold Mixup (Verma et al., ICML 2019) for any LightningModule, by adding one callback."""
+
+from lightning_manifold_mixup.callback import AlphaSchedule as AlphaSchedule
+from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
+from lightning_manifold_mixup.layers import eligible_layers as eligible_layers
+from lightning_manifold_mixup.mixing import Mix as Mix
+from lightning_manifold_mixup.mixing import draw_mix as draw_mix
+from lightning_manifold_mixup.mixing import mixing as mixing
+from lightning_manifold_mixup.targets import MixedTarget as MixedTarget
+from lightning_manifold_mixup.targets import MixingError as MixingError
+from lightning_manifold_mixup.targets import mixed_loss as mixed_loss
+
+__version__ = "0.1.0"

@@ -1,0 +1,44 @@
+"""Optional dependencies, imported where they are needed and never before.
+
+`import lightning_manifold_mixup` needs none of torchvision, scikit-learn, timm, matplotlib or rich. What needs one of
+them asks `require` for it, so that the way to install it is said in one place.
+"""
+
+import importlib
+from types import ModuleType
+
+__all__ = ["require"]
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module that is not among the core dependencies.
+
+    Args:
+        module: the name to import, for example ``"torchvision.transforms.v2"``.
+        extra: the extra of this package that installs it, ``"cli"`` or ``"all"``.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed; the message has the pip command. An import error from inside an
+            installed package is passed on as it is.
+
+    Example:
+        >>> require("math", "cli").sqrt(4.0)
+        2.0
+        >>> require("nowhere.sub", "cli")
+        Traceback (most recent call last):
+            ...
+        ModuleNotFoundError: `nowhere` is needed here and not installed: pip install "lightning-manifold-mixup[cli]"
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # installed, but broken: what it misses is its own business, and its own message says it
+        raise ModuleNotFoundError(
+            f'`{package}` is needed here and not installed: pip install "lightning-manifold-mixup[{extra}]"',
+            name=package,
+        ) from None

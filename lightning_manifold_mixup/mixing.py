@@ -1,0 +1,290 @@
+"""Manifold Mixup, section 2 of Verma et al., "Manifold Mixup: Better Representations by Interpolating Hidden States".
+
+1. Draw a layer k from the eligible set S.                                     (the caller; see ``callback.py``)
+2. Run a minibatch up to layer k: ``h = g_k(x)``.                               (the network)
+3. Mix: ``h <- lam * h + (1 - lam) * h[permutation]``, likewise the labels,
+   with ``lam ~ Beta(alpha, alpha)``.                                          (:class:`Mix`, :func:`draw_mix`)
+4. Go on from layer k to the output.                                           (:func:`mixing`)
+5. Take the loss against the mixed labels, and back-propagate.                 (:meth:`Mix.target`, ``targets.py``)
+
+Throughout this package **lam is the weight of the original sample**, and ``permutation[i]`` is the partner of sample i.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import CheckpointFunction
+
+from lightning_manifold_mixup.targets import MixedTarget, MixingError, Superposition
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One draw: how each sample of a minibatch is mixed with its partner.
+
+    Attributes:
+        lam: weight of the original sample, 0-d float32 tensor in [0, 1].
+        permutation: (n,) int64 tensor; ``permutation[i]`` is the partner of sample i.
+
+    Example:
+        >>> mix = Mix(lam=torch.tensor(0.75), permutation=torch.tensor([1, 0]))
+        >>> mix(torch.tensor([[0.0], [4.0]]))
+        tensor([[1.],
+                [3.]])
+    """
+
+    lam: Tensor
+    permutation: Tensor
+
+    def __call__(self, h: T, batch_dim: int | None = None) -> T:
+        """``lam * h + (1 - lam) * h[permutation]`` (section 2, step 3), in the dtype of ``h``.
+
+        The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times; the backward
+        pass is the same operation with the inverse permutation, so it is deterministic and no activation is kept.
+
+        Args:
+            h: hidden state with n samples: a floating point tensor, or tuples, lists, dicts and dataclasses of them
+                (outputs of an LSTM, of a model). Integer tensors and numbers within are left as they are.
+            batch_dim: the dimension of ``h`` that counts the samples; None means the first of dimensions 0 and 1 whose
+                size is n, for each tensor (an LSTM returns its states with the batch in dimension 1).
+
+        Returns:
+            The mixed state, in the structure of ``h``.
+
+        Raises:
+            MixingError: if a tensor has no batch dimension of size n, or nothing in ``h`` can be mixed.
+        """
+        mixed = 0
+
+        def mix(tensor: Tensor) -> Tensor:
+            nonlocal mixed
+            if not tensor.is_floating_point() or tensor.ndim == 0:
+                return tensor
+            mixed += 1
+            return _Interpolate.apply(tensor, self.lam, self.permutation, self._batch_dim(tensor, batch_dim))  # type: ignore[no-any-return, no-untyped-call]
+
+        result = mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)
+        if not mixed:
+            raise MixingError(f"Expected a hidden state with floating point tensors to mix, got {_describe(h)}.")
+        return result  # type: ignore[return-value]
+
+    def _batch_dim(self, tensor: Tensor, batch_dim: int | None) -> int:
+        n = len(self.permutation)
+        for dim in (0, 1) if batch_dim is None else (batch_dim,):
+            if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == n:
+                return dim
+        where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
+        raise MixingError(
+            f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch "
+            "passes, or set `batch_dim` to the dimension that counts the samples."
+        )
+
+    def target(self, y: T) -> T:
+        """The labels of the mixed samples (section 2, step 3).
+
+        Args:
+            y: (n, ...) tensor, or a structure of such tensors. Integer and bool labels become a
+                :class:`~lightning_manifold_mixup.MixedTarget`, whose losses are exact; a floating point target
+                (regression, one-hot, multi-hot, soft labels) becomes the mixed tensor.
+
+        Returns:
+            The mixed target, in the structure of ``y``.
+
+        Raises:
+            TypeError: for float16 and complex targets.
+            ValueError: if a tensor does not hold n samples.
+        """
+        superposition = Superposition(self.lam)
+
+        def mix(labels: Tensor) -> Tensor:
+            n = len(self.permutation)
+            if labels.ndim == 0 or len(labels) != n:
+                raise ValueError(
+                    f"Expected a target of {n} samples in dimension 0, as the batch has, got shape {tuple(labels.shape)}."
+                )
+            if labels.dtype == torch.float16 or labels.is_complex():
+                raise TypeError(
+                    f"A target of dtype {labels.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft "
+                    "or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
+                )
+            if labels.is_floating_point():
+                return self(labels, batch_dim=0)
+            return MixedTarget._superpose(labels, labels[self.permutation], superposition)
+
+        return mix(y) if isinstance(y, Tensor) else apply_to_collection(y, Tensor, mix)  # type: ignore[return-value]
+
+    def to(self, device: torch.device | str) -> Mix:
+        """The same draw on another device; the copy does not wait for the device."""
+        if torch.device(device).type == "cpu":
+            return Mix(self.lam.to(device), self.permutation.to(device))
+        host = (t.pin_memory() if t.device.type == "cpu" else t for t in (self.lam, self.permutation))
+        return Mix(*(t.to(device, non_blocking=True) for t in host))
+
+
+def draw_mix(n: int, alpha: float = 1.0, generator: torch.Generator | np.random.Generator | None = None) -> Mix:
+    """Draws lam ~ Beta(alpha, alpha) and a uniform permutation of n samples (section 2).
+
+    Args:
+        n: number of samples in the minibatch.
+        alpha: parameter of the Beta distribution, > 0; 1 gives U(0, 1), larger values concentrate lam at 1/2. The paper
+            uses 2 for CIFAR and SVHN, 0.2 for Tiny-ImageNet. 0 is the limit: lam is 1 and nothing is mixed.
+        generator: where the randomness comes from. A torch generator is advanced by one draw; None uses torch's global one.
+
+    Raises:
+        ValueError: for an alpha that is negative or not finite.
+
+    Example:
+        >>> mix = draw_mix(4, alpha=2.0, generator=torch.Generator().manual_seed(0))
+        >>> sorted(mix.permutation.tolist()), bool(0 <= mix.lam <= 1)
+        ([0, 1, 2, 3], True)
+    """
+    check_alpha(alpha)
+    if not isinstance(generator, np.random.Generator):
+        device = "cpu" if generator is None else generator.device
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+        generator = np.random.default_rng(int(seed))
+    lam = generator.beta(alpha, alpha) if alpha > 0 else 1.0
+    return Mix(torch.tensor(lam, dtype=torch.float32), torch.from_numpy(generator.permutation(n)))
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuses an alpha for which there is no Beta(alpha, alpha)."""
+    if not (isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"Expected alpha to be a finite number >= 0 (0 switches mixing off), got {alpha}.")
+
+
+@contextmanager
+def mixing(layer: nn.Module, mix: Mix, batch_dim: int | None = None) -> Iterator[None]:
+    """Mixes the output of ``layer`` while the context is open (section 2, steps 2 to 4).
+
+    For loops without a Trainer. Forward passes in eval mode or under ``no_grad`` (a teacher) are not mixed. Keep the
+    context open during ``backward()`` if the layer is recomputed there (activation checkpointing).
+
+    Args:
+        layer: the module after which the hidden states are mixed; take one that no skip connection bypasses
+            (:func:`lightning_manifold_mixup.eligible_layers`).
+        mix: the draw for this minibatch.
+        batch_dim: see :meth:`Mix.__call__`.
+
+    Raises:
+        MixingError: on leaving, if ``layer`` mixed nothing.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+        >>> mix = draw_mix(len(x), alpha=2.0)
+        >>> with mixing(model[1], mix):
+        ...     logits = model(x)
+        >>> loss = F.cross_entropy(logits, mix.target(y))
+        >>> loss.backward()
+    """
+    hook = MixingHook(batch_dim)
+    hook.mix = mix
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not hook.fired:
+        raise MixingError(
+            f"{type(layer).__name__} was not called in training mode with gradients enabled inside `with mixing(...)`, so "
+            "no state was mixed. Run the network inside the context, or choose a layer that its forward calls."
+        )
+
+
+class MixingHook:
+    """Forward hook that mixes the output of its module while it holds a :class:`Mix`.
+
+    It may stay registered for good: torch.compile then sees the same hook each time, and compiles one graph for each
+    layer that is armed. A copy of the module (EMA, ``copy.deepcopy``) gets a hook that does nothing.
+
+    Attributes:
+        mix: the draw to apply; None lets every state through.
+        fired: whether a state has been mixed since this was last set to False.
+    """
+
+    def __init__(self, batch_dim: int | None = None) -> None:
+        self.batch_dim = batch_dim
+        self.mix: Mix | None = None
+        self.fired = False
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.mix is None or not module.training or not _trains():
+            return None
+        self.fired = True
+        if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
+            sequence, states = output
+            return self.mix(sequence, 0 if module.batch_first else 1), self.mix(states, 1)
+        return self.mix(output, self.batch_dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
+        return MixingHook(self.batch_dim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(MixingHook(self.batch_dim))
+
+
+def _trains() -> bool:
+    """Whether this forward pass will be back-propagated through.
+
+    Reentrant activation checkpointing runs the first forward under ``no_grad``, and the one with gradients only in
+    backward; both have to be mixed.
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return any(isinstance(a, Tensor) and a.requires_grad for a in frame.f_locals["args"])
+    return False
+
+
+class _Interpolate(torch.autograd.Function):
+    """``lam * h + (1 - lam) * h[permutation]`` along ``dim``.
+
+    The transpose of that map is the map of the inverse permutation: sample j receives (1 - lam) times the gradient of
+    the one sample whose partner it is. So backward is a gather as well, and no scatter with its random order of sums.
+    """
+
+    @staticmethod
+    def forward(h: Tensor, lam: Tensor, permutation: Tensor, dim: int) -> Tensor:  # type: ignore[override]
+        return interpolate(h, lam, permutation, dim)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, lam, permutation, ctx.dim = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(lam, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        lam, permutation = ctx.saved_tensors
+        return _Interpolate.apply(gradient, lam, permutation.argsort(), ctx.dim), None, None, None  # type: ignore[no-untyped-call]
+
+
+def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int) -> Tensor:
+    """The arithmetic of :class:`Mix`, without gradients: rounded once, from the wider of h's dtype and float32."""
+    dtype = torch.promote_types(h.dtype, lam.dtype)
+    partner = h.index_select(dim, permutation)
+    return torch.lerp(partner.to(dtype), h.to(dtype), lam.to(dtype)).to(h.dtype)
+
+
+def _describe(value: Any) -> str:
+    return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(
+        value, Tensor
+    ) else type(value).__name__
