@@ -3,9 +3,11 @@
 from lightning_manifold_mixup.callback import AlphaSchedule as AlphaSchedule
 from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
 from lightning_manifold_mixup.layers import eligible_layers as eligible_layers
+from lightning_manifold_mixup.losses import SoftLabelLossMixin as SoftLabelLossMixin
 from lightning_manifold_mixup.mixing import Mix as Mix
 from lightning_manifold_mixup.mixing import draw_mix as draw_mix
 from lightning_manifold_mixup.mixing import mixing as mixing
+from lightning_manifold_mixup.module import ManifoldMixupModule as ManifoldMixupModule
 from lightning_manifold_mixup.targets import MixedTarget as MixedTarget
 from lightning_manifold_mixup.targets import MixingError as MixingError
 from lightning_manifold_mixup.targets import mixed_loss as mixed_loss

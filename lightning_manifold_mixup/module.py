@@ -1,0 +1,149 @@
+"""A complete classifier that brings Manifold Mixup along."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import Accuracy, MeanMetric, MetricCollection, MinMetric
+from torchmetrics.classification import MulticlassCalibrationError
+from typing_extensions import override
+
+from lightning_manifold_mixup.callback import AlphaSchedule, ManifoldMixupCallback
+from lightning_manifold_mixup.losses import LossName, SoftLabelLossMixin
+
+Batch = tuple[Tensor, Tensor]
+
+
+def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """The paper's: SGD with learning rate 0.1, Nesterov momentum 0.9 and weight decay 1e-4."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
+    """Trains a classifier with Manifold Mixup, and evaluates it on plain data.
+
+    Use it as it is, or subclass it. Batches are pairs of inputs and (n,) class indices.
+
+    Args:
+        model: maps inputs to (n, num_classes) logits.
+        num_classes: number of classes.
+        alpha: see :class:`ManifoldMixupCallback`; 0 is the baseline without mixup, by the same code.
+        layers: see :class:`ManifoldMixupCallback`. Names start with ``"model."``.
+        loss: ``"cross_entropy"``, or ``"bce"``: binary cross entropy of the softmax, as in the paper's public code.
+        optimizer: makes the optimizer from the parameters; SGD as in the paper by default.
+        lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
+        lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
+
+    Example:
+        >>> module = ManifoldMixupModule(model=nn.Linear(4, 3), num_classes=3, alpha=2.0)
+        >>> module(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        alpha: float | AlphaSchedule = 2.0,
+        layers: str | list[str] = "auto",
+        loss: LossName = "cross_entropy",
+        optimizer: OptimizerCallable = _default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if loss not in ("cross_entropy", "bce"):
+            raise ValueError(f"Expected loss to be 'cross_entropy' or 'bce', got {loss!r}.")
+        self.model = model
+        self.alpha = alpha
+        self.layers = layers
+        self.soft_label_loss_name = loss
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        metrics = {
+            "accuracy": Accuracy(task="multiclass", num_classes=num_classes),
+            "ece": MulticlassCalibrationError(num_classes),
+        }
+        if num_classes > 5:
+            metrics["top5_accuracy"] = Accuracy(task="multiclass", num_classes=num_classes, top_k=5)
+        self.val_metrics, self.test_metrics = (MetricCollection(metrics, prefix=f"{s}/") for s in ("val", "test"))
+        self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
+        self.best_error = MinMetric()
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        present = any(isinstance(c, ManifoldMixupCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.alpha == 0 or present:
+            return []
+        return [ManifoldMixupCallback(alpha=self.alpha, layers=self.layers)]
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (n, num_classes)."""
+        return self.model(x)  # type: ignore[no-any-return]
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = self.soft_label_loss(logits, y)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", self.soft_label_accuracy(logits, y), on_step=False, on_epoch=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics, self.val_nll)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics, self.test_nll)
+
+    @override
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Class probabilities, (n, num_classes)."""
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        return self(x).softmax(1)  # type: ignore[no-any-return]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        values = self._log_evaluation("val", self.val_metrics, self.val_nll)
+        if not self.trainer.sanity_checking:
+            self.log("val/error_best", self.best_error(values["val/error"]))
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", self.test_metrics, self.test_nll)
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, nll: MeanMetric) -> None:
+        x, y = batch
+        logits = self(x).float()
+        metrics.update(logits.softmax(1), y)
+        nll.update(F.cross_entropy(logits, y, reduction="none"))
+
+    def _log_evaluation(self, stage: str, metrics: MetricCollection, nll: MeanMetric) -> dict[str, Tensor]:
+        """Errors in [0, 1], negative log likelihood in nats, expected calibration error in [0, 1]."""
+        values = {name.replace("accuracy", "error"): _error_of(name, value) for name, value in metrics.compute().items()}
+        values[f"{stage}/nll"] = nll.compute()
+        metrics.reset()
+        nll.reset()
+        self.log_dict(values, prog_bar=stage == "val")
+        return values
+
+
+def _error_of(name: str, value: Tensor) -> Tensor:
+    return 1 - value if name.endswith("accuracy") else value
