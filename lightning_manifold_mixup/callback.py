@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,6 +19,7 @@ from lightning_manifold_mixup.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup.criteria import CriterionHooks, criterion_candidates, hand_plain_labels, metrics_of
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers, observe, resolve_layers
 from lightning_manifold_mixup.mixing import Mix, MixingHook, check_alpha, draw_mix
+from lightning_manifold_mixup.randomness import generator, global_seed
 from lightning_manifold_mixup.step import Keys, MixedStep, sample_of
 from lightning_manifold_mixup.targets import labellings
 
@@ -145,7 +143,7 @@ class ManifoldMixupCallback(pl.Callback):
         if self.seed is not None:
             self._plan.seed = self.seed
         elif self._plan.seed is None:
-            self._plan.seed = trainer.strategy.broadcast(_global_seed())
+            self._plan.seed = trainer.strategy.broadcast(global_seed())
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -167,8 +165,8 @@ class ManifoldMixupCallback(pl.Callback):
         if self._hooks is None or alpha == 0 or not self.should_mix(trainer, batch_idx):
             return
         count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        shared = _generator(self._plan.seed, count, stream=0)
-        own = _generator(self._plan.seed, count, stream=1 + trainer.global_rank)
+        shared = generator(self._plan.seed, count, stream=0)
+        own = generator(self._plan.seed, count, stream=1 + trainer.global_rank)
         if shared.random() >= self.probability:
             return
         sample = sample_of(batch, self._keys)
@@ -340,16 +338,6 @@ class _Hooks:
 
     def remove(self) -> None:
         self._stack.close()
-
-
-def _generator(seed: int | None, count: int, stream: int) -> np.random.Generator:
-    """Random numbers that are a function of their key alone: no state to carry, save or restore."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, stream, count]))
-
-
-def _global_seed() -> int:
-    """The seed of ``seed_everything``, or a fresh one that takes nothing from the global generators."""
-    return int(os.environ.get("PL_GLOBAL_SEED", secrets.randbits(32)))
 
 
 def _listed(key: int | str | list[int | str] | None) -> list[int | str | None]:

@@ -13,7 +13,7 @@ Throughout this package **lam is the weight of the original sample**, and ``perm
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_manifold_mixup.interpolation import interpolate
 from lightning_manifold_mixup.targets import MixedTarget, MixingError, Superposition
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ class Mix:
     lam: Tensor
     permutation: Tensor
 
-    def __call__(self, h: T, batch_dim: int | None = None) -> T:
+    def __call__(self, h: T, batch_dim: int | Sequence[int] | None = None) -> T:
         """``lam * h + (1 - lam) * h[permutation]`` (section 2, step 3), in the dtype of ``h``.
 
         The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times; the backward
@@ -58,8 +59,8 @@ class Mix:
         Args:
             h: hidden state with n samples: a floating point tensor, or tuples, lists, dicts and dataclasses of them
                 (outputs of an LSTM, of a model). Integer tensors and numbers within are left as they are.
-            batch_dim: the dimension of ``h`` that counts the samples; None means the first of dimensions 0 and 1 whose
-                size is n, for each tensor (an LSTM returns its states with the batch in dimension 1).
+            batch_dim: the dimension that counts the samples: one for all tensors, one for each, or None to find them
+                (:func:`batch_dims`).
 
         Returns:
             The mixed state, in the structure of ``h``.
@@ -67,30 +68,18 @@ class Mix:
         Raises:
             MixingError: if a tensor has no batch dimension of size n, or nothing in ``h`` can be mixed.
         """
-        mixed = 0
+        n = len(self.permutation)
+        dims = iter(batch_dims(h, n, batch_dim) if batch_dim is None or isinstance(batch_dim, int) else batch_dim)
 
         def mix(tensor: Tensor) -> Tensor:
-            nonlocal mixed
-            if not tensor.is_floating_point() or tensor.ndim == 0:
+            if not _is_state(tensor):
                 return tensor
-            mixed += 1
-            return _Interpolate.apply(tensor, self.lam, self.permutation, self._batch_dim(tensor, batch_dim))  # type: ignore[no-any-return, no-untyped-call]
+            dim = next(dims)
+            if tensor.shape[dim] != n:
+                raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
+            return _Interpolate.apply(tensor, self.lam, self.permutation, dim)  # type: ignore[no-any-return, no-untyped-call]
 
-        result = mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)
-        if not mixed:
-            raise MixingError(f"Expected a hidden state with floating point tensors to mix, got {_describe(h)}.")
-        return result  # type: ignore[return-value]
-
-    def _batch_dim(self, tensor: Tensor, batch_dim: int | None) -> int:
-        n = len(self.permutation)
-        for dim in (0, 1) if batch_dim is None else (batch_dim,):
-            if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == n:
-                return dim
-        where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
-        raise MixingError(
-            f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch "
-            "passes, or set `batch_dim` to the dimension that counts the samples."
-        )
+        return mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)  # type: ignore[return-value]
 
     def target(self, y: T) -> T:
         """The labels of the mixed samples (section 2, step 3).
@@ -132,6 +121,54 @@ class Mix:
             return Mix(self.lam.to(device), self.permutation.to(device))
         host = (t.pin_memory() if t.device.type == "cpu" else t for t in (self.lam, self.permutation))
         return Mix(*(t.to(device, non_blocking=True) for t in host))
+
+
+def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
+    """The dimensions of the floating point tensors in ``h`` that count its n samples.
+
+    Args:
+        h: a hidden state; see :meth:`Mix.__call__`.
+        n: number of samples.
+        batch_dim: None takes dimension 0, or dimension 1 where dimension 0 has another size (sequences of time-major
+            networks, the states of an LSTM).
+
+    Raises:
+        MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in dimension 0,
+            are not taken for a time-major sequence.
+
+    Example:
+        >>> batch_dims((torch.zeros(4, 9), torch.zeros(7, 4, 9)), n=4)
+        [0, 1]
+    """
+    dims = []
+
+    def find(tensor: Tensor) -> None:
+        if not _is_state(tensor):
+            return
+        candidates = (0, 1) if batch_dim is None else (batch_dim,)
+        found = [dim for dim in candidates if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == n]
+        views = batch_dim is None and n > 1 and tensor.shape[0] != n and tensor.shape[0] % n == 0
+        if not found or views:
+            where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
+            raise MixingError(_wrong_shape(tensor, n, where))
+        dims.append(found[0])
+
+    apply_to_collection(h, Tensor, find)
+    if not dims:
+        what = f"a {h.dtype} tensor of shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+        raise MixingError(f"Expected a hidden state with floating point tensors to mix, got {what}.")
+    return dims
+
+
+def _is_state(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 0
+
+
+def _wrong_shape(tensor: Tensor, n: int, where: str) -> str:
+    return (
+        f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch passes once, "
+        "or set `batch_dim` to the dimension that counts the samples."
+    )
 
 
 def draw_mix(n: int, alpha: float = 1.0, generator: torch.Generator | np.random.Generator | None = None) -> Mix:
@@ -221,6 +258,8 @@ class MixingHook:
         self.batch_dim = batch_dim
         self.mix: Mix | None = None
         self.fired = False
+        # As found at the first batch: a later one may have as many samples as time steps, and not tell.
+        self._dims: list[int] | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.mix is None or not module.training or not _trains():
@@ -229,7 +268,10 @@ class MixingHook:
         if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
             sequence, states = output
             return self.mix(sequence, 0 if module.batch_first else 1), self.mix(states, 1)
-        return self.mix(output, self.batch_dim)
+        n = len(self.mix.permutation)
+        if self._dims is None and n > 1:
+            self._dims = batch_dims(output, n, self.batch_dim)
+        return self.mix(output, self._dims if self._dims is not None else self.batch_dim)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
         return MixingHook(self.batch_dim)
@@ -276,15 +318,3 @@ class _Interpolate(torch.autograd.Function):
         lam, permutation = ctx.saved_tensors
         return _Interpolate.apply(gradient, lam, permutation.argsort(), ctx.dim), None, None, None  # type: ignore[no-untyped-call]
 
-
-def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int) -> Tensor:
-    """The arithmetic of :class:`Mix`, without gradients: rounded once, from the wider of h's dtype and float32."""
-    dtype = torch.promote_types(h.dtype, lam.dtype)
-    partner = h.index_select(dim, permutation)
-    return torch.lerp(partner.to(dtype), h.to(dtype), lam.to(dtype)).to(h.dtype)
-
-
-def _describe(value: Any) -> str:
-    return f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(
-        value, Tensor
-    ) else type(value).__name__

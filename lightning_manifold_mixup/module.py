@@ -129,16 +129,18 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", self.test_metrics, self.test_nll)
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, nll: MeanMetric) -> None:
+    def _evaluate(
+        self, batch: Batch, metrics: MetricCollection, nll: MeanMetric, network: nn.Module | None = None
+    ) -> None:
         x, y = batch
-        logits = self(x).float()
+        logits = (self if network is None else network)(x).float()
         metrics.update(logits.softmax(1), y)
         nll.update(F.cross_entropy(logits, y, reduction="none"))
 
     def _log_evaluation(self, stage: str, metrics: MetricCollection, nll: MeanMetric) -> dict[str, Tensor]:
         """Errors in [0, 1], negative log likelihood in nats, expected calibration error in [0, 1]."""
         values = {name.replace("accuracy", "error"): _error_of(name, value) for name, value in metrics.compute().items()}
-        values[f"{stage}/nll"] = nll.compute()
+        values[f"{metrics.prefix}nll"] = nll.compute()
         metrics.reset()
         nll.reset()
         self.log_dict(values, prog_bar=stage == "val")

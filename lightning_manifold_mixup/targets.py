@@ -196,7 +196,7 @@ def _kind(tensor: Tensor) -> type[_Superposed]:
 
 def plain(tree: Any) -> Any:
     """The structure with the plain tensors that were shown in place of those in superposition."""
-    return apply_to_collection(tree, _Superposed, _shown)
+    return apply_to_collection(tree, _Superposed, _shown, allow_frozen=True)
 
 
 def labellings(tree: Any) -> list[Tensor]:
@@ -263,7 +263,7 @@ def on_both(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def paired(first: Any, second: Any, superposition: Superposition) -> Any:
     """Results for the first and for the second labelling, in superposition."""
     superposition.used |= any(t.requires_grad for t in _tensors((first, second)))
-    return _pair(first, second, None, superposition, mixed=True, cast=False)
+    return _pair(first, second, None, superposition, mixed=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,26 +337,29 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             f"`{name}` of a value that depends on the labels is {first!r} for the original labels and {second!r} for "
             f"the partners' labels, so Python cannot go on with both. {_REMEDY}"
         )
-    return _pair(first, second, shown, superposition, mixed, cast=name in _CASTS)
+    mask = any(s.dtype != torch.bool for s in sources)  # a bool that comes of this is no label
+    return _pair(first, second, shown, superposition, mixed, mask, cast=name in _CASTS)
 
 
-def _pair(first: Any, second: Any, shown: Any, superposition: Superposition, mixed: bool, cast: bool) -> Any:
+def _pair(
+    first: Any, second: Any, shown: Any, superposition: Superposition, mixed: bool, mask: bool = True, cast: bool = False
+) -> Any:
     """One result out of the two, in their structure."""
     if isinstance(first, (tuple, list)):
         if len(first) != len(second):
             raise MixingError(f"The number of tensors depends on the labels: {len(first)} against {len(second)}. {_REMEDY}")
         shown = [None] * len(first) if shown is None else shown
-        pairs = [_pair(*each, superposition, mixed, cast) for each in zip(first, second, shown, strict=True)]
+        pairs = [_pair(*each, superposition, mixed, mask, cast) for each in zip(first, second, shown, strict=True)]
         return pairs if isinstance(first, list) else tuple(pairs)
     if isinstance(first, dict):
-        return {key: _pair(first[key], second[key], None, superposition, mixed, cast) for key in first}
+        return {key: _pair(first[key], second[key], None, superposition, mixed) for key in first}
     if not isinstance(first, Tensor):
         return first
     if mixed and first.is_floating_point() and first.shape == second.shape:
         shown = superposition.mean(first, second)
     elif shown is None or (mixed and cast and not first.is_floating_point()):
         shown = superposition.dominant(first, second)
-    return _Superposed._of(shown, first, second, superposition, mixed)
+    return _Superposed._of(shown, first, second, superposition, mixed and not (mask and first.dtype == torch.bool))
 
 
 def _write(

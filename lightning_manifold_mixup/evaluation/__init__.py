@@ -1,0 +1,64 @@
+"""What Manifold Mixup changes, each number beside its plot.
+
+Callbacks for the validation and test of any LightningModule whose forward gives logits, and the functions beneath them.
+"""
+
+from lightning_manifold_mixup.evaluation.attacks import AttackCallback, adversarial_correct, fgsm, pgd, plot_attacks
+from lightning_manifold_mixup.evaluation.calibration import (
+    CalibrationCallback,
+    ConfidenceBins,
+    confidence,
+    interpolate,
+    noise_like,
+    plot_histogram,
+    plot_interpolation,
+    plot_reliability,
+)
+from lightning_manifold_mixup.evaluation.deformations import (
+    DEFORMATIONS,
+    Deformation,
+    DeformationCallback,
+    deform,
+    plot_deformations,
+)
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, print_table, write_report
+from lightning_manifold_mixup.evaluation.spectrum import (
+    ClassSpectrum,
+    RepresentationCallback,
+    hidden_states,
+    plot_spectrum,
+    spectrum_summary,
+)
+from lightning_manifold_mixup.evaluation.theorem import fit_free_states, least_risk, linear_mixup_risk
+
+__all__ = [
+    "DEFORMATIONS",
+    "AttackCallback",
+    "CalibrationCallback",
+    "ClassSpectrum",
+    "ConfidenceBins",
+    "Deformation",
+    "DeformationCallback",
+    "EvaluationCallback",
+    "RepresentationCallback",
+    "adversarial_correct",
+    "confidence",
+    "deform",
+    "fgsm",
+    "fit_free_states",
+    "hidden_states",
+    "interpolate",
+    "least_risk",
+    "linear_mixup_risk",
+    "noise_like",
+    "pgd",
+    "plot_attacks",
+    "plot_deformations",
+    "plot_histogram",
+    "plot_interpolation",
+    "plot_reliability",
+    "plot_spectrum",
+    "print_table",
+    "spectrum_summary",
+    "write_report",
+]

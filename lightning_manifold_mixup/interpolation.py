@@ -1,0 +1,94 @@
+"""The arithmetic of Manifold Mixup, ``lam * h + (1 - lam) * h[permutation]``, as fast as the memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# What PyTorch hands to one thread, at least. A row of this many elements for each thread is worth a call of its own.
+_GRAIN = 1 << 15
+
+
+def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int = 0, transposed: bool = False) -> Tensor:
+    """``lam * h + (1 - lam) * h.index_select(dim, permutation)``, without gradients.
+
+    No temporary of h's size; one pass over the memory on CUDA, and on large states everywhere. Rounded once, from the
+    wider of h's dtype and float32. Waits for no device: ``lam`` is only read on the host if it is there.
+
+    Args:
+        h: floating point tensor of any shape and strides; the result has its order of strides (channels_last stays).
+        lam: 0-d float32 tensor, on the device of ``h`` or on the host.
+        permutation: (n,) int64 tensor on the device of ``h``, n the size of dimension ``dim``.
+        dim: the dimension that counts the samples.
+        transposed: compute the transpose of that linear map, which is its gradient: sample ``permutation[i]``, not i,
+            receives ``lam * h[permutation[i]] + (1 - lam) * h[i]``. Each sample is written once: deterministic.
+
+    Example:
+        >>> interpolate(torch.tensor([0.0, 4.0]), torch.tensor(0.75), torch.tensor([1, 0]))
+        tensor([1., 3.])
+    """
+    if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
+        return _plain(h, lam, permutation, dim, transposed)
+    # Dimensions in the order in which they lie in memory: then all that follows meets contiguous states.
+    order = [*range(h.ndim)] if h.is_contiguous() else sorted(range(h.ndim), key=h.stride, reverse=True)
+    laid_out, dim = h.permute(order), order.index(dim % h.ndim)
+    if h.device.type == "cpu":
+        mixed = _on_cpu(laid_out, lam.item(), permutation, dim, transposed)
+    elif h.device.type == "cuda" and (kernel := _kernel()):
+        mixed = kernel(laid_out, lam, permutation, dim, transposed)
+    else:
+        mixed = _plain(laid_out, lam, permutation, dim, transposed)
+    return mixed.permute([order.index(d) for d in range(h.ndim)])
+
+
+def _plain(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
+    dtype = torch.promote_types(h.dtype, lam.dtype)
+    partner = h.index_select(dim, _inverse(permutation) if transposed else permutation)
+    return torch.lerp(partner.to(dtype), h.to(dtype), lam.to(h.device, dtype, non_blocking=True)).to(h.dtype)
+
+
+def _on_cpu(h: Tensor, lam: float, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
+    # Row by row there is one pass; but a row must keep all threads busy, and repay the call.
+    if h.numel() < h.shape[dim] * _GRAIN * torch.get_num_threads():
+        partner = h.index_select(dim, _inverse(permutation) if transposed else permutation)
+        return partner.lerp_(h, lam)
+    mixed = torch.empty_like(h)
+    rows, results, partners = h.unbind(dim), mixed.unbind(dim), permutation.tolist()
+    for i in _along_cycles(partners):
+        j = partners[i]
+        if transposed:
+            torch.lerp(rows[i], rows[j], lam, out=results[j])
+        else:
+            torch.lerp(rows[j], rows[i], lam, out=results[i])
+    return mixed
+
+
+def _along_cycles(partners: list[int]) -> list[int]:
+    """All samples, each before its partner: the partner's row is in the cache when its own turn comes."""
+    order: list[int] = []
+    seen = [False] * len(partners)
+    for i in range(len(partners)):
+        while not seen[i]:
+            seen[i] = True
+            order.append(i)
+            i = partners[i]
+    return order
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    # A sort would do as well, at several times the cost.
+    samples = torch.arange(len(permutation), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, samples)
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """The kernel for CUDA, imported at its first use; None where there is no Triton (Windows, macOS)."""
+    try:
+        from lightning_manifold_mixup.kernels import interpolate as kernel
+    except ImportError:
+        return None
+    return kernel

@@ -1,0 +1,27 @@
+"""Networks of the papers, and any of torchvision's and timm's by name."""
+
+from lightning_manifold_mixup.models.lookup import build_model
+from lightning_manifold_mixup.models.mlp import MLP, BottleneckMLP, GaussianNoise
+from lightning_manifold_mixup.models.preact_resnet import (
+    PreActResNet,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+)
+from lightning_manifold_mixup.models.wide_resnet import WideResNet
+
+__all__ = [
+    "MLP",
+    "BottleneckMLP",
+    "GaussianNoise",
+    "PreActResNet",
+    "WideResNet",
+    "build_model",
+    "preact_resnet18",
+    "preact_resnet34",
+    "preact_resnet50",
+    "preact_resnet101",
+    "preact_resnet152",
+]

@@ -1,0 +1,311 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_manifold_mixup.models import (
+    MLP,
+    BottleneckMLP,
+    GaussianNoise,
+    PreActResNet,
+    WideResNet,
+    build_model,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet101,
+    preact_resnet152,
+)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def on_meta(build, *args, **kwargs):
+    with torch.device("meta"):
+        return build(*args, **kwargs)
+
+
+class TestPreActResNet:
+    @pytest.mark.parametrize(
+        ("build", "published"),
+        [
+            (preact_resnet18, 11.17),
+            (preact_resnet34, 21.28),
+            (preact_resnet50, 23.51),
+            (preact_resnet101, 42.50),
+            (preact_resnet152, 58.14),
+        ],
+    )
+    def test_parameter_counts_are_the_published_ones(self, build, published):
+        assert parameters(on_meta(build, num_classes=10)) / 1e6 == pytest.approx(published, abs=0.005)
+
+    @pytest.mark.parametrize(
+        ("depth", "blocks", "bottleneck"),
+        [(18, (2, 2, 2, 2), False), (34, (3, 4, 6, 3), False), (101, (3, 4, 23, 3), True), (152, (3, 8, 36, 3), True)],
+    )
+    def test_parameter_counts_follow_the_architecture(self, depth, blocks, bottleneck):
+        c, classes, channels = 8, 7, 5
+        total = channels * c * 9
+        inner = c
+        outer = c
+        for stage, count in enumerate(blocks):
+            inner = c * 2**stage
+            for block in range(count):
+                into, out = outer, inner * (4 if bottleneck else 1)
+                if bottleneck:
+                    total += 2 * into + into * inner + 2 * inner + 9 * inner**2 + 2 * inner + inner * out
+                else:
+                    total += 2 * into + 9 * into * inner + 2 * inner + 9 * inner**2
+                if block == 0 and (into != out or stage > 0):
+                    total += into * out
+                outer = out
+        total += outer * classes + classes
+        model = PreActResNet(depth, num_classes=classes, initial_channels=c, in_channels=channels)
+        assert parameters(model) == total
+
+    @pytest.mark.parametrize("depth", [18, 50])
+    def test_forward_is_the_formula(self, depth):
+        """Against the network written out with functions, on the same weights."""
+        model = PreActResNet(depth, num_classes=10, initial_channels=4).train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+        w = dict(model.named_parameters())
+
+        def pre(h, name):
+            mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), keepdim=True, correction=0)
+            scaled = (h - mean) / (var + 1e-5).sqrt()
+            return (scaled * w[f"{name}.weight"].view(1, -1, 1, 1) + w[f"{name}.bias"].view(1, -1, 1, 1)).clamp(min=0)
+
+        x = torch.randn(4, 3, 32, 32)
+        h = F.conv2d(x, w["conv1.weight"], padding=1)
+        for stage, stride in ((1, 1), (2, 2), (3, 2), (4, 2)):
+            for block, _ in enumerate(getattr(model, f"layer{stage}")):
+                name = f"layer{stage}.{block}"
+                s = stride if block == 0 else 1
+                a = pre(h, f"{name}.bn1")
+                shortcut = h
+                if f"{name}.shortcut.weight" in w:
+                    shortcut = F.conv2d(a, w[f"{name}.shortcut.weight"], stride=s)
+                if depth == 18:
+                    a = F.conv2d(a, w[f"{name}.conv1.weight"], stride=s, padding=1)
+                    a = F.conv2d(pre(a, f"{name}.bn2"), w[f"{name}.conv2.weight"], padding=1)
+                else:
+                    a = F.conv2d(a, w[f"{name}.conv1.weight"])
+                    a = F.conv2d(pre(a, f"{name}.bn2"), w[f"{name}.conv2.weight"], stride=s, padding=1)
+                    a = F.conv2d(pre(a, f"{name}.bn3"), w[f"{name}.conv3.weight"])
+                h = a + shortcut
+        assert h.shape[2:] == (4, 4)
+        expected = F.linear(F.avg_pool2d(h, 4).flatten(1), w["linear.weight"], w["linear.bias"])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(("size", "stride", "channels"), [(8, 1, 1), (32, 1, 3), (64, 2, 3)])
+    def test_sizes(self, size, stride, channels):
+        model = PreActResNet(18, num_classes=6, initial_channels=4, in_channels=channels, stride=stride)
+        shapes = []
+        for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+            layer.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[1:])))
+        assert model(torch.zeros(2, channels, size, size)).shape == (2, 6)
+        side = size // stride
+        assert shapes == [
+            (4, side, side),
+            (8, side // 2, side // 2),
+            (16, side // 4, side // 4),
+            (32, side // 8, side // 8),
+        ]
+
+    def test_unknown_depth(self):
+        with pytest.raises(ValueError, match=r"expected a depth among \[18, 34, 50, 101, 152\], got 20"):
+            PreActResNet(20)
+
+
+class TestWideResNet:
+    @pytest.mark.parametrize(
+        ("depth", "factor", "published"), [(28, 10, 36.5), (28, 2, 1.5), (40, 4, 8.9), (16, 8, 11.0), (40, 2, 2.2)]
+    )
+    def test_parameter_counts_are_the_published_ones(self, depth, factor, published):
+        """Zagoruyko and Komodakis 2016, table 4 and 5, to the digit they print."""
+        assert parameters(on_meta(WideResNet, depth, factor)) / 1e6 == pytest.approx(published, abs=0.05)
+
+    def test_28_2(self):
+        assert parameters(on_meta(WideResNet, 28, 2)) == 1_467_610  # 1.47 M in the semi-supervised literature
+
+    def test_forward_is_the_formula(self):
+        model = WideResNet(16, 2, num_classes=10).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+        w = model.state_dict()
+
+        def pre(h, name):
+            values = [w[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+            return F.relu(F.batch_norm(h, *values))
+
+        x = torch.randn(2, 3, 16, 16)
+        h = F.conv2d(x, w["conv1.weight"], padding=1)
+        for stage, stride in ((1, 1), (2, 2), (3, 2)):
+            for block in range(2):
+                name, s = f"layer{stage}.{block}", stride if block == 0 else 1
+                a = pre(h, f"{name}.bn1")
+                shortcut = F.conv2d(a, w[f"{name}.shortcut.weight"], stride=s) if block == 0 else h
+                a = F.conv2d(a, w[f"{name}.conv1.weight"], stride=s, padding=1)
+                h = shortcut + F.conv2d(pre(a, f"{name}.bn2"), w[f"{name}.conv2.weight"], padding=1)
+        expected = F.linear(pre(h, "bn").mean((2, 3)), w["linear.weight"], w["linear.bias"])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+    def test_dropout_is_between_the_convolutions(self):
+        model = WideResNet(10, 1, dropout=0.3)
+        rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+        assert rates == [0.3] * 3
+        x = torch.randn(2, 3, 8, 8)
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+    def test_stride(self):
+        model = WideResNet(10, 1, stride=2)
+        assert model.layer1(model.conv1(torch.zeros(1, 3, 64, 64))).shape == (1, 16, 32, 32)
+
+    def test_unknown_depth(self):
+        with pytest.raises(ValueError, match=r"6 b \+ 4 .* got 27"):
+            WideResNet(27, 10)
+
+
+class TestMLP:
+    def test_is_the_plain_sequence(self):
+        model = MLP(64, 10, widths=[32, 16])
+        x = torch.randn(5, 1, 8, 8)
+        w = model.state_dict()
+        h = x.view(5, 64)
+        for name in ("layer1.0", "layer2.0"):
+            h = h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+            h = torch.where(h > 0, h, 0.01 * h)
+        torch.testing.assert_close(model(x), h @ w["linear.weight"].T + w["linear.bias"])
+
+    def test_options(self):
+        model = MLP(4, 2, widths=[8, 8], activation="tanh", dropout=0.5, batch_norm=True, noise=0.1)
+        for name in ("layer1", "layer2"):
+            kinds = [type(module) for module in getattr(model, name)]
+            assert kinds == [nn.Linear, nn.BatchNorm1d, nn.Tanh, nn.Dropout, GaussianNoise]
+        assert model.layer1[3].p == 0.5
+        assert model.layer1[4].std == 0.1
+
+    def test_unknown_activation(self):
+        with pytest.raises(ValueError, match=r"expected an activation among .*leaky_relu.* got 'leakyrelu'"):
+            MLP(activation="leakyrelu")
+
+    def test_noise(self):
+        noise = GaussianNoise(0.5)
+        x = torch.zeros(20_000)
+        assert noise(x).std() == pytest.approx(0.5, rel=0.03)
+        assert torch.equal(noise.eval()(x), x)
+
+    def test_bottleneck_is_linear_and_where_it_is_said(self):
+        """The default is the net of Figure 1: nine layers, two dimensions in the fifth."""
+        model = BottleneckMLP()
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        assert len(linear) == 9
+        assert linear[4] is model.bottleneck[0]
+        assert linear[4].out_features == 2
+        assert len(model.bottleneck) == 1
+
+    def test_bottleneck_state_is_what_the_rest_sees(self):
+        model = BottleneckMLP(64, 10, before=[16] * 3, bottleneck=12, after=[16] * 4, bottleneck_norm=True)
+        names = [name for name, _ in model.named_children()]
+        assert names == [
+            *["layer1", "layer2", "layer3", "bottleneck", "layer4", "layer5", "layer6", "layer7", "linear"]
+        ]
+        assert isinstance(model.bottleneck[1], nn.BatchNorm1d)
+        x = torch.randn(6, 64)
+        model.bottleneck.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        assert torch.equal(model(x), model(x.flip(0) * 3))
+        assert model.bottleneck(torch.randn(6, 16)).shape == (6, 12)
+
+
+class TestBuildModel:
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("preact_resnet18", PreActResNet),
+            ("PreActResNet18", PreActResNet),
+            ("preact-resnet-18", PreActResNet),
+            ("wide_resnet10_1", WideResNet),
+            ("WRN-10-1", WideResNet),
+            ("wrn10_1", WideResNet),
+        ],
+    )
+    def test_own(self, name, kind):
+        model = build_model(name, num_classes=3, in_channels=1)
+        assert type(model) is kind
+        assert model.conv1.in_channels == 1
+        assert model.linear.out_features == 3
+
+    def test_own_arguments_reach_the_model(self):
+        assert build_model("preact_resnet34", 10, initial_channels=8).conv1.out_channels == 8
+        assert len(build_model("preact_resnet34", 10, initial_channels=8).layer3) == 6
+        assert build_model("wrn-16-2", 10, dropout=0.2).layer1[0].dropout.p == 0.2
+        assert build_model("mlp", 10, in_features=7, widths=[5]).layer1[0].in_features == 7
+        assert build_model("bottleneck_mlp", 10, in_features=7, bottleneck=3).bottleneck[0].out_features == 3
+
+    @pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18", "wide_resnet50_2"])
+    def test_torchvision(self, name):
+        models = pytest.importorskip("torchvision.models")
+        model = on_meta(build_model, name, num_classes=7)
+        assert isinstance(model, models.ResNet)
+        assert model.fc.out_features == 7
+
+    def test_torchvision_channels(self):
+        pytest.importorskip("torchvision")
+        with pytest.raises(ValueError, match=r"expected 3 channels .* got 1.*timm:resnet18"):
+            build_model("resnet18", 10, in_channels=1)
+
+    def test_timm(self):
+        pytest.importorskip("timm")
+        model = build_model("timm:resnet10t", num_classes=7, in_channels=1)
+        assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+    @pytest.mark.parametrize(
+        ("name", "near"),
+        [
+            ("resnet19", "resnet18"),
+            ("preactresnet", "preact_resnet"),
+            ("torchvision:resnet19", "torchvision:resnet18"),
+            ("timm:resnet19", "timm:resnet18"),
+        ],
+    )
+    def test_near_misses(self, name, near):
+        pytest.importorskip("torchvision")
+        pytest.importorskip("timm")
+        with pytest.raises(ValueError, match=f"unknown name '{name}'; did you mean .*{near}"):
+            build_model(name, 10)
+
+    def test_no_near_miss(self):
+        with pytest.raises(ValueError, match=r"unknown name 'xyzzy'; expected one of this project's"):
+            build_model("xyzzy", 10)
+
+    @pytest.mark.parametrize(("package", "name", "extra"), [("timm", "timm:vit", "all"), ("torchvision", "vit", "cli")])
+    def test_missing_extra(self, monkeypatch, package, name, extra):
+        for module in [key for key in sys.modules if key.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ModuleNotFoundError, match=rf'pip install "lightning-manifold-mixup\[{extra}\]"'):
+            build_model(name, 10)
+
+
+def test_models_and_data_need_no_extra_to_be_imported():
+    code = (
+        "import sys; extras = ('torchvision', 'timm', 'sklearn', 'matplotlib', 'PIL');"
+        "import lightning, torchmetrics; before = set(sys.modules);"
+        "import lightning_manifold_mixup.models, lightning_manifold_mixup.data;"
+        "print([m for m in set(sys.modules) - before if m.partition('.')[0] in extras])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

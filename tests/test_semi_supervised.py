@@ -1,0 +1,499 @@
+import copy
+import math
+import os
+import subprocess
+import sys
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers
+from lightning_manifold_mixup import semi_supervised as semi
+from lightning_manifold_mixup.semi_supervised import (
+    SemiSupervisedManifoldMixupModule,
+    consistency_weight,
+    update_teacher,
+)
+from tests.helpers import CLASSES, LAYERS, ConvNet, images, trainer, weights_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning 2.6 with torch 2.14
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),
+]
+N, M = 6, 8  # samples in a labelled and in an unlabelled batch
+
+
+def loaders(batches=4):
+    labelled = DataLoader(TensorDataset(*images(N * batches, seed=1)), N)
+    unlabelled = DataLoader(TensorDataset(images(M * batches, seed=2)[0]), M)
+    return CombinedLoader({"labelled": labelled, "unlabelled": unlabelled}, "max_size_cycle")
+
+
+def steps(batches, epochs=1):
+    """The same batches for loops by hand: (x, y, u)."""
+    for _ in range(epochs):
+        for batch, _, _ in loaders(batches):
+            yield *batch["labelled"], batch["unlabelled"][0]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def module(teacher="ema", model=None, **kwargs):
+    defaults = {"w_max": 3.0, "ramp": 0.5, "layers": LAYERS, "seed": 5, "optimizer": sgd}
+    return SemiSupervisedManifoldMixupModule(model or ConvNet(), CLASSES, teacher, **(defaults | kwargs))
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.values, self.students = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+        self.students.append([p.detach().clone() for p in pl_module.model.parameters()])
+
+
+class ByHand:
+    """The method in plain PyTorch and numpy, with the draws as they are documented."""
+
+    def __init__(self, model, teacher, w_max=3.0, ramp_steps=2.0, alphas=(1.0, 1.0), seed=5, decay=0.999):
+        self.student, self.ema = model, copy.deepcopy(model) if teacher == "ema" else None
+        self.w_max, self.ramp_steps, self.alphas, self.seed, self.decay = w_max, ramp_steps, alphas, seed, decay
+        self.optimizer = sgd(self.student.parameters())
+        self.steps = self.batches = 0
+        self.layers = []
+
+    def mixed(self, x, alpha, shared, own):
+        layer = LAYERS[shared.integers(3)]
+        lam, permutation = float(np.float32(own.beta(alpha, alpha))), torch.from_numpy(own.permutation(len(x)))
+        before, after = self.student.states(x)[layer]
+        h = before(x)
+        self.layers.append(layer)
+        return after(lam * h + (1 - lam) * h[permutation]), lam, permutation
+
+    def loss(self, x, y, u):
+        self.batches += 1
+        shared, own = (
+            np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, self.batches])) for stream in (0, 1)
+        )
+        shared.random()
+        logits, lam, permutation = self.mixed(x, self.alphas[0], shared, own)
+        labelled = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+
+        target = (self.student if self.ema is None else self.ema)(u).detach()
+        logits, lam, permutation = self.mixed(u, self.alphas[1], shared, own)
+        target = lam * target + (1 - lam) * target[permutation]
+        if self.ema is not None:
+            logits, target = logits.softmax(1), target.softmax(1)
+        consistency = ((logits - target) ** 2).mean()
+        t = min(self.steps / self.ramp_steps, 1)
+        return labelled + self.w_max * math.exp(-5 * (1 - t) ** 2) * consistency
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        if self.ema is not None:
+            d = min(1 - 1 / (self.steps + 1), self.decay)
+            for average, p in zip(self.ema.parameters(), self.student.parameters(), strict=True):
+                average.data = d * average.data + (1 - d) * p.data
+
+
+class TestMethod:
+    @pytest.mark.parametrize("teacher", ["self", "ema"])
+    def test_is_the_loop_by_hand(self, teacher):
+        """Losses, weights, teacher, and the statistics of batch normalisation in both networks."""
+        net = ConvNet()
+        hand = ByHand(copy.deepcopy(net), teacher, ramp_steps=8 * 0.5, alphas=(0.5, 2.0))
+        expected = []
+        for batch in steps(4, epochs=2):
+            loss = hand.loss(*batch)
+            loss.backward()
+            hand.step()
+            expected.append(loss.item())
+        assert set(hand.layers) == set(LAYERS)
+
+        ours, losses = module(teacher, net, alpha_labelled=0.5, alpha_unlabelled=2.0), Losses()
+        trainer(losses, max_epochs=2).fit(ours, loaders())
+        assert losses.values == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(weights_of(ours.model), weights_of(hand.student))
+        if teacher == "ema":
+            torch.testing.assert_close(weights_of(ours.teacher), weights_of(hand.ema))
+            assert not torch.equal(ours.teacher.layer2[1].running_mean, ours.model.layer2[1].running_mean)
+
+    @pytest.mark.parametrize("teacher", ["self", "ema"])
+    def test_one_step(self, teacher):
+        net = ConvNet()
+        hand = ByHand(copy.deepcopy(net), teacher, ramp_steps=0.5)
+        losses = Losses()
+        trainer(losses).fit(module(teacher, net), loaders(1))
+        [batch] = steps(1)
+        assert losses.values == pytest.approx([hand.loss(*batch).item()], rel=1e-6)
+
+    def test_ramp_is_the_formula(self):
+        """Of the public script: t = linspace(0, 1, updates), then constant."""
+        t = np.linspace(0, 1, 41)
+        assert [consistency_weight(i, 40, 2.0) for i in range(41)] == pytest.approx(np.exp(-5 * (1 - t) ** 2) * 2.0)
+        assert [consistency_weight(i, 40, 2.0) for i in (41, 400)] == [2.0, 2.0]
+        assert consistency_weight(0, 0, 2.0) == 2.0
+
+    @pytest.mark.parametrize(("accumulate", "total"), [(1, 8), (2, 4)])
+    def test_ramp_takes_its_share_of_training(self, accumulate, total):
+        class Weights(L.Callback):
+            seen = []  # noqa: RUF012
+
+            def on_train_batch_end(self, trainer, *args):
+                self.seen.append(trainer.callback_metrics["train/consistency_weight"].item())
+
+        Weights.seen = []
+        trainer(Weights(), max_epochs=2, accumulate_grad_batches=accumulate).fit(module(ramp=0.5), loaders())
+        t = np.minimum(np.arange(8) // accumulate / (0.5 * total), 1)
+        assert Weights.seen == pytest.approx(3.0 * np.exp(-5 * (1 - t) ** 2))
+
+    @pytest.mark.parametrize("teacher", ["self", "ema"])
+    def test_no_gradient_into_targets_or_teacher(self, teacher, monkeypatch):
+        targets = []
+        original = semi.consistency_loss
+
+        def spy(logits, target, softmax):
+            targets.append(target)
+            assert logits.requires_grad
+            return original(logits, target, softmax)
+
+        monkeypatch.setattr(semi, "consistency_loss", spy)
+        ours = module(teacher)
+        trainer().fit(ours, loaders())
+        assert len(targets) == 4
+        assert not any(target.requires_grad for target in targets)
+        assert all(parameter.grad is not None or parameter.requires_grad for parameter in ours.model.parameters())
+        if teacher == "ema":
+            assert all(p.grad is None and not p.requires_grad for p in ours.teacher.parameters())
+
+    @pytest.mark.parametrize("decay", [0.9, 0.999])
+    def test_teacher_after_50_steps(self, decay):
+        net = ConvNet()
+        average = [p.detach().clone() for p in net.parameters()]
+        ours, losses = module(model=net, ema_decay=decay), Losses()
+        trainer(losses, max_steps=50, max_epochs=-1).fit(ours, loaders())
+        for step, weights in enumerate(losses.students, 1):
+            d = min(1 - 1 / (step + 1), decay)
+            average = [d * a + (1 - d) * w for a, w in zip(average, weights, strict=True)]
+        assert len(losses.students) == 50
+        torch.testing.assert_close(list(ours.teacher.parameters()), average)
+
+    def test_average_of_all_weights_at_first(self):
+        teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
+        seen = [teacher.weight.detach().clone()]
+        for step in range(1, 20):
+            nn.init.normal_(student.weight)
+            seen.append(student.weight.detach().clone())
+            update_teacher(teacher, student, step)
+        torch.testing.assert_close(teacher.weight.detach(), torch.stack(seen).mean(0))
+
+    def test_teacher_starts_from_the_weights_that_training_starts_from(self):
+        ours = module()
+        ours.model.load_state_dict(ConvNet().state_dict())
+        pretrained = weights_of(ours.model)
+        trainer(limit_train_batches=1).fit(ours, loaders())
+        expected = (pretrained["fc.weight"] + ours.model.fc.weight.detach()) / 2
+        torch.testing.assert_close(ours.teacher.fc.weight.detach(), expected)
+
+
+class TestSupervised:
+    @pytest.mark.parametrize("extra", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
+    def test_without_unlabelled_part_is_manifold_mixup_bit_for_bit(self, extra):
+        net = ConvNet()
+        plain, ours = copy.deepcopy(net), copy.deepcopy(net)
+        data = TensorDataset(*images(24))
+        L.seed_everything(3, verbose=False)
+        supervised = ManifoldMixupModule(plain, CLASSES, alpha=2.0, layers=LAYERS, optimizer=sgd)
+        callback = ManifoldMixupCallback(alpha=2.0, layers=LAYERS, seed=5)
+        trainer(callback, max_epochs=3, **extra).fit(supervised, DataLoader(data, N, shuffle=True))
+        L.seed_everything(3, verbose=False)
+        trainer(max_epochs=3, **extra).fit(
+            module(model=ours, w_max=0.0, alpha_labelled=2.0),
+            CombinedLoader({"labelled": DataLoader(data, N, shuffle=True)}, "max_size_cycle"),
+        )
+        for name, value in weights_of(plain).items():
+            assert torch.equal(value, weights_of(ours)[name]), name
+
+    def test_makes_no_teacher(self):
+        assert module(w_max=0.0).teacher is None
+
+    def test_loss_of_the_public_code(self):
+        losses = Losses()
+        trainer(losses).fit(module(w_max=0.0, loss="bce"), loaders())
+        assert losses.values[0] == pytest.approx(0.33, abs=0.3)  # of four classes: cross entropy begins at 1.4
+
+
+class TestDraws:
+    def test_are_reproducible_and_private(self):
+        results = []
+        for global_seed in (1, 2):
+            net = ConvNet()
+            torch.manual_seed(0)
+            net.load_state_dict(ConvNet().state_dict())
+            torch.manual_seed(global_seed)
+            np.random.seed(global_seed)
+            losses = Losses()
+            before = np.random.get_state()[1].copy()
+            data = loaders()
+            trainer(losses).fit(module(model=net), data)
+            assert (np.random.get_state()[1] == before).all()
+            results.append((losses.values, torch.rand(1).item()))
+            torch.manual_seed(global_seed)
+            [None for _ in loaders()]  # a pass through the loaders is all that uses the generator
+            assert torch.rand(1).item() == results[-1][1]
+        assert results[0][0] == results[1][0]
+
+    def test_differ_from_batch_to_batch_and_part_to_part(self, monkeypatch):
+        drawn = []
+        original = semi.draw_mix
+
+        def spy(n, alpha, generator):
+            drawn.append((n, original(n, alpha, generator)))
+            return drawn[-1][1]
+
+        monkeypatch.setattr(semi, "draw_mix", spy)
+        trainer().fit(module(), loaders())
+        assert [n for n, _ in drawn] == [N, M] * 4
+        assert len({mix.lam.item() for _, mix in drawn}) == 8
+
+    def test_seed_everything_is_followed(self, monkeypatch):
+        runs = []
+        for seed in ("1", "1", "2"):
+            monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+            torch.manual_seed(0)
+            losses = Losses()
+            trainer(losses).fit(module(seed=None), loaders())
+            runs.append(losses.values)
+        assert runs[0] == runs[1] != runs[2]
+
+
+class TestTrainer:
+    @pytest.mark.parametrize("teacher", ["self", "ema"])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_resumed_run_is_the_uninterrupted_one(self, teacher, accumulate, tmp_path, monkeypatch):
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # the seed of the draws is in the checkpoint alone
+        net = ConvNet()
+        whole, resumed = (module(teacher, copy.deepcopy(net), seed=None) for _ in range(2))
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        options = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
+        trainer(keep, enable_checkpointing=True, **options).fit(whole, loaders())
+        trainer(**options).fit(resumed, loaders(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=False)
+        assert any(name.startswith("teacher.") for name in weights_of(resumed)) == (teacher == "ema")
+        for name, value in weights_of(whole).items():
+            assert torch.equal(value, weights_of(resumed)[name]), name
+
+    def test_teacher_follows_optimizer_steps_when_gradients_accumulate(self):
+        net = ConvNet()
+        hand = ByHand(copy.deepcopy(net), "ema", ramp_steps=1.0)
+        for index, batch in enumerate(steps(4)):
+            (hand.loss(*batch) / 2).backward()
+            if index % 2:
+                hand.step()
+        ours = module(model=net)
+        trainer(accumulate_grad_batches=2).fit(ours, loaders())
+        torch.testing.assert_close(weights_of(ours.teacher), weights_of(hand.ema))
+
+    @pytest.mark.parametrize("teacher", ["self", "ema"])
+    def test_bf16_amp(self, teacher):
+        net = ConvNet()
+        results = []
+        for precision in ("32-true", "bf16-mixed"):
+            ours, losses = module(teacher, copy.deepcopy(net), ramp=0.0), Losses()
+            trainer(losses, precision=precision).fit(ours, loaders())
+            results.append((losses.values, weights_of(ours.model)))
+        assert results[0][0] == pytest.approx(results[1][0], rel=0.05)
+        before = weights_of(net)
+        for name, _ in net.named_parameters():
+            steps32, steps16 = (weights[name] - before[name] for _, weights in results)
+            # all weights learn: a teacher's pass under no_grad leaves no gradient-free copies in autocast's cache
+            assert torch.cosine_similarity(steps32.flatten(), steps16.flatten(), 0) > 0.9, name
+
+    def test_auto_layers(self, monkeypatch):
+        used = set()
+        original = semi.mixing
+
+        def spy(layer, mix):
+            used.add(layer)
+            return original(layer, mix)
+
+        monkeypatch.setattr(semi, "mixing", spy)
+        ours = module(layers="auto")
+        expected = eligible_layers(ours, images(N)[0]).default
+        buffers = {name: value.clone() for name, value in ours.model.named_buffers()}
+        trainer(max_epochs=3).fit(ours, loaders())
+        assert expected == ["input", "model.layer1"]
+        assert used == {ours.model.layer1}
+        assert ours.model.layer2[1].num_batches_tracked == buffers["layer2.1.num_batches_tracked"] + 3 * 12
+
+    def test_unlabelled_batches_may_be_bare_tensors(self):
+        class Bare(torch.utils.data.Dataset):
+            def __len__(self):
+                return M
+
+            def __getitem__(self, index):
+                return images(M)[0][index]
+
+        data = {"labelled": DataLoader(TensorDataset(*images(N)), N), "unlabelled": DataLoader(Bare(), M)}
+        trainer().fit(module(), CombinedLoader(data, "max_size_cycle"))
+
+    def test_no_hook_is_left(self):
+        ours = module()
+        trainer().fit(ours, loaders())
+        assert not any(part._forward_hooks for part in ours.modules())
+
+    def test_frozen_statistics_stay_frozen_in_the_teacher_too(self):
+        ours = module()
+        for network in (ours.model, ours.teacher):
+            network.layer2[1].eval()
+        before = weights_of(ours)
+        trainer().fit(ours, loaders())
+        for network in ("model", "teacher"):
+            name = f"{network}.layer2.1.running_mean"
+            assert torch.equal(weights_of(ours)[name], before[name])
+
+    def test_two_processes(self, tmp_path):
+        script = tmp_path / "run.py"
+        script.write_text(TWO_PROCESSES)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+        first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+        assert len(first["layers"]) == 8
+        assert first["layers"] == second["layers"]
+        assert not set(first["lams"]) & set(second["lams"])
+        for name, value in first["parameters"].items():
+            assert torch.equal(value, second["parameters"][name]), name
+        assert first["teacher_error"] == second["teacher_error"]
+
+
+TWO_PROCESSES = """
+import sys, warnings
+import torch, lightning as L
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_manifold_mixup import semi_supervised as semi
+from tests.helpers import images, trainer
+from tests.test_semi_supervised import loaders, module
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    layers, lams = [], []
+    original = semi.SemiSupervisedManifoldMixupModule._mixed_forward
+    def spy(self, *args):
+        logits, mix = original(self, *args)
+        lams.append(mix.lam.item())
+        return logits, mix
+    semi.SemiSupervisedManifoldMixupModule._mixed_forward = spy
+    ours = module(layers=["input", "model.layer1", "model.layer2"])
+    one_of = semi.generator
+    class Spy:
+        def __init__(self, generator): self.generator = generator
+        def __getattr__(self, name): return getattr(self.generator, name)
+        def integers(self, n):
+            layers.append(int(self.generator.integers(n)))
+            return layers[-1]
+    semi.generator = lambda *args, **kwargs: Spy(one_of(*args, **kwargs)) if kwargs["stream"] == 0 else one_of(*args, **kwargs)
+    t = trainer(devices=2, strategy="ddp_fork")
+    t = L.Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+                  enable_progress_bar=False, enable_model_summary=False)
+    val = DataLoader(TensorDataset(*images(24, seed=3)), 6)
+    t.fit(ours, loaders(), val)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+    state = {"layers": layers, "lams": lams, "parameters": parameters}
+    state["teacher_error"] = t.callback_metrics["val/teacher_error"].item()
+    torch.save(state, f"{sys.argv[1]}/{t.global_rank}.pt")
+"""
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("stage", ["val", "test"])
+    def test_student_and_teacher(self, stage):
+        ours = module()
+        t = trainer(max_epochs=3)
+        t.fit(ours, loaders())
+        ours.eval()
+        x, y = images(24, seed=3)
+        data = DataLoader(TensorDataset(x, y), 10)
+        [values] = (t.validate if stage == "val" else t.test)(ours, data, verbose=False)
+        with torch.no_grad():
+            for prefix, network in (("", ours.model), ("teacher_", ours.teacher)):
+                logits = network(x)
+                assert values[f"{stage}/{prefix}error"] == pytest.approx((logits.argmax(1) != y).float().mean().item())
+                assert values[f"{stage}/{prefix}nll"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+        assert values[f"{stage}/nll"] != values[f"{stage}/teacher_nll"]
+
+    def test_without_teacher_nothing_is_said_of_one(self):
+        ours = module("self")
+        t = trainer()
+        t.fit(ours, loaders(), DataLoader(TensorDataset(*images(24)), 10))
+        assert "val/error" in t.callback_metrics
+        assert not any("teacher" in name for name in t.callback_metrics)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"teacher": "mean"}, "teacher to be 'self' or 'ema', got 'mean'"),
+            ({"w_max": -1.0}, "w_max to be a finite number >= 0, got -1.0"),
+            ({"w_max": math.inf}, "w_max"),
+            ({"ramp": 40.0}, r"ramp in \[0, 1\], got 40.0"),
+            ({"ema_decay": 1.5}, "ema_decay"),
+            ({"alpha_unlabelled": -1.0}, "alpha"),
+            ({"alpha_labelled": math.nan}, "alpha"),
+        ],
+    )
+    def test_arguments(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            module(**kwargs)
+
+    def test_published_defaults(self):
+        for teacher, expected in (("self", (1.0, 0.4)), ("ema", (100.0, 0.25))):
+            ours = SemiSupervisedManifoldMixupModule(ConvNet(), CLASSES, teacher)
+            assert (ours.w_max, ours.ramp) == expected
+
+    def test_callback_beside_it(self):
+        with pytest.raises(MisconfigurationException, match="mixes by itself"):
+            trainer(ManifoldMixupCallback()).fit(module(), loaders())
+
+    @pytest.mark.parametrize("data", [TensorDataset(*images(N)), None])
+    def test_other_batches(self, data):
+        batches = DataLoader(data, N) if data else CombinedLoader({"labelled": DataLoader(TensorDataset(*images(N)), N)})
+        with pytest.raises(ValueError, match=r'"labelled": \(x, y\), "unlabelled": \(x, ...\)'):
+            trainer().fit(module(), batches)
+
+    def test_training_without_an_end(self):
+        with pytest.raises(MisconfigurationException, match="max_epochs or max_steps"):
+            trainer(max_epochs=-1).fit(module(), loaders())
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            (["model.layer9"], "layer9"),
+            (["model.fc"], "gives the final output"),
+            (["teacher.layer1"], "never called"),
+            (["model.layer2", "model.inner.0"], "bypassed"),
+        ],
+    )
+    def test_layers(self, layers, message):
+        net = ConvNet()
+        net.inner = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        conv1 = net.conv1
+        net.conv1 = nn.Identity()
+        net.forward = lambda x: net.fc(net.layer2(net.layer1((h := conv1(x)) + net.inner(h))).mean((2, 3)))
+        with pytest.raises((ValueError, MisconfigurationException), match=message):
+            trainer().fit(module("self" if "teacher" not in layers[0] else "ema", net, layers=layers), loaders())
