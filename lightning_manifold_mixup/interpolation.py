@@ -32,29 +32,32 @@ def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int = 0, trans
     """
     if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
         return _plain(h, lam, permutation, dim, transposed)
-    # Dimensions in the order in which they lie in memory: then all that follows meets contiguous states.
-    order = [*range(h.ndim)] if h.is_contiguous() else sorted(range(h.ndim), key=h.stride, reverse=True)
-    laid_out, dim = h.permute(order), order.index(dim % h.ndim)
-    if h.device.type == "cpu":
-        mixed = _on_cpu(laid_out, lam.item(), permutation, dim, transposed)
-    elif h.device.type == "cuda" and (kernel := _kernel()):
-        mixed = kernel(laid_out, lam, permutation, dim, transposed)
-    else:
-        mixed = _plain(laid_out, lam, permutation, dim, transposed)
+    if h.is_contiguous():
+        return _contiguous(h, lam, permutation, dim, transposed)
+    # With its dimensions in the order in which they lie in memory, any dense state is contiguous.
+    order = sorted(range(h.ndim), key=h.stride, reverse=True)
+    mixed = _contiguous(h.permute(order), lam, permutation, order.index(dim % h.ndim), transposed)
     return mixed.permute([order.index(d) for d in range(h.ndim)])
+
+
+def _contiguous(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
+    if h.device.type == "cpu":
+        return _on_cpu(h, lam.item(), permutation, dim, transposed)
+    if h.device.type == "cuda" and (kernel := _kernel()):
+        return kernel(h, lam, permutation, dim, transposed)
+    return _plain(h, lam, permutation, dim, transposed)
 
 
 def _plain(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
     dtype = torch.promote_types(h.dtype, lam.dtype)
-    partner = h.index_select(dim, _inverse(permutation) if transposed else permutation)
+    partner = h.index_select(dim, permutation.argsort() if transposed else permutation)
     return torch.lerp(partner.to(dtype), h.to(dtype), lam.to(h.device, dtype, non_blocking=True)).to(h.dtype)
 
 
 def _on_cpu(h: Tensor, lam: float, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
-    # Row by row there is one pass; but a row must keep all threads busy, and repay the call.
-    if h.numel() < h.shape[dim] * _GRAIN * torch.get_num_threads():
-        partner = h.index_select(dim, _inverse(permutation) if transposed else permutation)
-        return partner.lerp_(h, lam)
+    # Row by row there is one pass; but a row must be of one piece, keep all threads busy, and repay the call.
+    if h.stride(dim) < _GRAIN * torch.get_num_threads():
+        return h.index_select(dim, permutation.argsort() if transposed else permutation).lerp_(h, lam)
     mixed = torch.empty_like(h)
     rows, results, partners = h.unbind(dim), mixed.unbind(dim), permutation.tolist()
     for i in _along_cycles(partners):
@@ -76,12 +79,6 @@ def _along_cycles(partners: list[int]) -> list[int]:
             order.append(i)
             i = partners[i]
     return order
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    # A sort would do as well, at several times the cost.
-    samples = torch.arange(len(permutation), device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation, samples)
 
 
 @cache

@@ -20,7 +20,7 @@ def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transpose
     if lam.device != h.device:  # a number on the host: handed to the device without waiting for it
         lam = torch.full((), lam.item(), dtype=lam.dtype, device=h.device)
     samples = h.shape[dim]
-    inner = h.shape[dim:].numel() // samples
+    inner = h.shape[dim + 1 :].numel()
     block = min(_BLOCK, triton.next_power_of_2(inner))
     blocks = triton.cdiv(inner, block)
     grid = (h.numel() // inner * blocks,)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import Self, override
@@ -270,15 +271,16 @@ def paired(first: Any, second: Any, superposition: Superposition) -> Any:
 # Evaluation on both labellings
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 # Leaving tensor land: loggers, numpy, printing and tests of closeness get the value shown.
 _SHOWN = {"item", "tolist", "numpy", "__array__", "__float__", "__format__", "isclose", "allclose", "equal"}
 # The same for one number: `if loss < 1`, `loss == expected`. Elementwise comparisons are masks and stay in superposition.
-_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "isnan", "isinf", "isfinite"}
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite"}
 _CASTS = {"to", "type", "type_as", "bool", "int", "long", "short"}
 # About the tensor object, not about its value under a labelling.
-_OBJECT = {"__set__", "__hash__", "backward", "register_hook", "retain_grad", "requires_grad_", "data_ptr", "untyped_storage"}
+_OBJECT = {"__hash__", "backward", "register_hook", "retain_grad", "requires_grad_", "data_ptr", "untyped_storage"}
 # The properties that are values; all others (grad_fn, device, ...) are about the object.
-_VALUE_PROPERTIES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
+_VALUES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
 # Picking elements of labels by plain tensors gives labels; any other operation with a plain tensor gives something else.
 _PICKING = {"__getitem__", "index_select", "gather", "masked_select", "take", "take_along_dim", "where"}
 _AUGMENTED = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
@@ -289,19 +291,29 @@ _REMEDY = (
 )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name(func: Callable[..., Any]) -> str:
+    """The name of a torch function; of the access to a property, "get" or "set" and the name of that."""
+    if func.__name__ in ("__get__", "__set__"):
+        return f"{func.__name__.strip('_')} {func.__self__.__name__}"  # type: ignore[attr-defined]
+    return func.__name__
+
+
+def _writes(name: str) -> bool:
+    """Whether a torch function writes into its first argument."""
+    return name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+
+
 def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` under both labellings, and what it gives for the value shown."""
-    name = func.__name__
-    if name == "__get__":
-        name = func.__self__.__name__  # type: ignore[attr-defined]
-        about_object = name not in _VALUE_PROPERTIES
-    else:
-        about_object = name in _OBJECT or (func is torch.autograd.grad and not kwargs.get("create_graph"))
-    if about_object:
+    name = _name(func)
+    kind, _, attribute = name.partition(" ")
+    if name in _OBJECT or kind == "set" or (kind == "get" and attribute not in _VALUES):
         return func(*args, **kwargs)
     sources = [t for t in _tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
-    one_number = isinstance(args[0], MixedValue) and args[0].ndim == 0 if args else False
-    if not sources or name in _SHOWN or (one_number and name.strip("_") in _COMPARISONS):
+    number = isinstance(args[0], MixedValue) and args[0].ndim == 0 if args else False
+    mean_gradient = func is torch.autograd.grad and not kwargs.get("create_graph")
+    if not sources or name in _SHOWN or (number and name in _COMPARISONS) or mean_gradient:
         return func(*_under(args, _shown), **_under(kwargs, _shown))
 
     superposition = sources[0]._superposition
@@ -316,12 +328,12 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
                 "A custom autograd.Function (or a reentrant checkpoint) was handed labels in superposition, which it can "
                 f"not see through: its result would be that of the dominant labels alone. {_REMEDY}"
             )
-    if name in _AUGMENTED or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-        return _write(func, args, kwargs, sources, superposition)
+    if _writes(name):
+        return _write(name, func, args, kwargs, sources, superposition)
     if isinstance(kwargs.get("out"), Tensor):
         raise MixingError(f"`{name}(..., out=...)` cannot be evaluated for two labellings. {_REMEDY}")
 
-    function = _one_hot if func is torch.nn.functional.one_hot else func
+    function = _one_hot if func is F.one_hot else func
     first = function(*_under(args, _first), **_under(kwargs, _first))
     second = function(*_under(args, _second), **_under(kwargs, _second))
     recorded = any(t.requires_grad for t in _tensors((first, second)))
@@ -363,6 +375,7 @@ def _pair(
 
 
 def _write(
+    name: str,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -381,7 +394,7 @@ def _write(
     if mixed:
         if not inside and target._is_view():
             raise MixingError(
-                f"`{func.__name__}` writes labels into a view, whose base would not know that it depends on them. {_REMEDY}"
+                f"`{name}` writes labels into a view, whose base would not know that it depends on them. {_REMEDY}"
             )
         target.copy_(superposition.mean(first, second))
     else:
@@ -390,12 +403,12 @@ def _write(
         superposition.adopt(target, first, second, mixed)
     elif inside:
         target._first, target._second, target._mixed = first, second, target._mixed and (mixed or target._mixed)
-    return None if func.__name__ == "__setitem__" else target
+    return None if name == "__setitem__" else target
 
 
 def _one_hot(*args: Any, **kwargs: Any) -> Tensor:
     """``F.one_hot`` in floating point, which is what a mixed one-hot is."""
-    return torch.nn.functional.one_hot(*args, **kwargs).to(torch.get_default_dtype())
+    return F.one_hot(*args, **kwargs).to(torch.get_default_dtype())
 
 
 def first_labelling(tree: Any) -> Any:
@@ -417,7 +430,9 @@ def _second(value: Tensor) -> Tensor:
 
 
 def _shown(value: Tensor) -> Tensor:
-    return value.as_subclass(Tensor) if isinstance(value, _Superposed) else value
+    if torch.compiler.is_compiling() or not isinstance(value, _Superposed):  # as_subclass(Tensor) cannot be traced
+        return value
+    return value.as_subclass(Tensor)
 
 
 def _under(tree: Any, labelling: Callable[[Tensor], Tensor]) -> Any:

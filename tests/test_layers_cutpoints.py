@@ -7,8 +7,9 @@ import zoo
 from torch import nn
 
 from lightning_manifold_mixup.layers import LayerReport, eligible_layers, observe
-from lightning_manifold_mixup.layers.cutpoints import Verdict, count_paths, find_sinks
+from lightning_manifold_mixup.layers.cutpoints import Verdict
 from lightning_manifold_mixup.layers.flow import Flow
+from lightning_manifold_mixup.layers.paths import count_paths, find_sinks
 
 SLOW = {"resnet50", "wide_resnet50_2", "resnext50", "swin_t", "convnext_tiny", "vit_b_16", "densenet121"}
 NETWORKS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in zoo.NETWORKS]
@@ -96,6 +97,34 @@ def test_layer_without_batch_dimension_is_refused():
     report = eligible_layers(nn.Sequential(nn.Linear(6, 6), Rows(), nn.Linear(6, 2)), torch.randn(5, 4, 6))
     assert report.row("1").verdict is Verdict.NO_BATCH
     assert report.row("0").eligible
+
+
+def test_several_views_are_not_taken_for_a_sequence():
+    """8 rows of 4: two views of 4 samples, or 8 steps of a time-major sequence."""
+    network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    assert eligible_layers(network, torch.randn(8, 4, 6), batch_size=4).row("0").verdict is Verdict.UNCLEAR_BATCH
+    assert eligible_layers(network, torch.randn(8, 4, 6), batch_size=4, batch_dim=1).row("0").eligible
+    assert eligible_layers(network, torch.randn(8, 4, 6), batch_size=4, batch_dim=-2).row("0").batch_dim == -2
+    assert eligible_layers(network, torch.randn(7, 4, 6), batch_size=4).row("0").batch_dim == 1
+
+
+def test_all_that_a_layer_returns_must_have_a_batch_dimension():
+    """A hook mixes it all, also what is not used."""
+
+    class Returning(nn.Module):
+        def __init__(self, beside):
+            super().__init__()
+            self.returning, self.fc = zoo.Returning(lambda h: (h, beside(h))), zoo.square()
+
+        def forward(self, x):
+            return self.fc(self.returning(x)[0])
+
+    def verdict(beside):
+        return eligible_layers(Returning(beside), torch.randn(3, 8)).row("returning").verdict
+
+    assert verdict(lambda h: h.mean(0)) is Verdict.NO_BATCH
+    assert verdict(lambda h: h.mean()) is Verdict.ELIGIBLE
+    assert verdict(lambda h: torch.arange(8)) is Verdict.ELIGIBLE
 
 
 def test_ambiguous_batch_dimension_is_reported():

@@ -40,7 +40,7 @@ def test_a_checkpointed_module_is_hooked_outside():
 
 
 def test_a_checkpointed_module_is_mixed_once_and_back_propagated_right():
-    """The hook on the wrapper fires once; on the module inside it would fire in recomputation too, with the same gradient."""
+    """The hook on the wrapper fires once; on the module inside it would fire again, with the same gradient."""
     torch.manual_seed(0)
     x, calls, gradients = torch.randn(3, 2), [], []
     for inside in (False, True):
@@ -110,7 +110,8 @@ def test_names_with_wrapper_components_are_understood():
         (["xyz123"], "Expected the name of a layer of ModuleDict, got 'xyz123'. The outermost ones: 'model'."),
         (
             ["layer*"],
-            "Expected a glob that matches layers of ModuleDict, got 'layer*', which matches none ('*' does not cross a dot).",
+            "Expected a glob that matches layers of ModuleDict, got 'layer*', which matches none"
+            " ('*' does not cross a dot).",
         ),
     ],
 )

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_manifold_mixup.layers import eligible_layers, is_training_forward, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
+from lightning_manifold_mixup.targets import MixedTarget
 
 
 class Plain:
@@ -50,8 +51,8 @@ def sum_of_squares(network, *inputs):
 
 
 SMALL = [
-    "resnet18", "preact_resnet", "wide_resnet_identity", "mobilenet_v3_small", "unet", "lstm", "transformer", "two_inputs",
-    "shared_block", "googlenet",
+    "resnet18", "preact_resnet", "wide_resnet_identity", "mobilenet_v3_small", "unet", "lstm", "transformer", "bert",
+    "two_inputs", "shared_block", "googlenet",
 ]  # fmt: skip
 
 
@@ -135,25 +136,40 @@ class Step(nn.Module):
 PATH = ["input", "net.0", "net.1", "net.2", "net.3"]
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        F.cross_entropy,
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        lambda logits, y: -logits.log_softmax(1)[range(5), y].mean(),
-        lambda logits, y: -logits.log_softmax(1).gather(1, y[:, None]).mean(),
-        lambda logits, y: -(F.one_hot(y, 8) * logits.log_softmax(1)).sum(1).mean(),
-        lambda logits, y: F.mse_loss(logits.softmax(1), torch.zeros(5, 8).scatter_(1, y[:, None], 1.0)),
-        lambda logits, y: F.cross_entropy(logits[y != 3], y[y != 3]),
-        lambda logits, y: (torch.ops.aten.log_softmax.int(logits, 1)[torch.arange(5), y] * -1).sum(),
-    ],
-)
+LOSSES = [
+    F.cross_entropy,
+    nn.CrossEntropyLoss(label_smoothing=0.1),
+    lambda logits, y: -logits.log_softmax(1)[range(5), y].mean(),
+    lambda logits, y: -logits.log_softmax(1).gather(1, y[:, None]).mean(),
+    lambda logits, y: -(F.one_hot(y, 8) * logits.log_softmax(1)).sum(1).mean(),
+    lambda logits, y: F.mse_loss(logits.softmax(1), torch.zeros(5, 8).scatter_(1, y[:, None], 1.0)),
+    lambda logits, y: F.cross_entropy(logits[y != 3], y[y != 3]),
+    lambda logits, y: (torch.ops.aten.log_softmax.int(logits, 1)[torch.arange(5), y] * -1).sum(),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_end_is_what_the_loss_receives(loss):
     module = Step()
     report = module.report(lambda x, y: loss(module.net(x), y))
     assert report.sinks_found
     assert report.eligible == PATH
     assert report.row("net").verdict is Verdict.FINAL
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_labels_in_superposition(loss):
+    """They are tensors of a subclass with operations of its own; observing them changes nothing, bit for bit."""
+    module, x = Step(), torch.randn(5, 8)
+    labels, partners = torch.arange(5), torch.tensor([3, 4, 0, 1, 2])
+    plain = loss(module.net(x), MixedTarget(labels, partners, torch.tensor(0.4)))
+    y = MixedTarget(labels, partners, torch.tensor(0.4))
+    with observe(module, x, (y, labels, partners)) as seen:
+        observed = loss(module.net(x), y)
+    assert seen.report().eligible == PATH
+    assert torch.equal(plain.as_subclass(torch.Tensor), observed.as_subclass(torch.Tensor))
+    gradients = [torch.autograd.grad(value, module.net[0].weight)[0] for value in (plain, observed)]
+    assert torch.equal(*gradients)
 
 
 def test_float_targets():
@@ -369,7 +385,7 @@ def test_backward_inside_and_gradient_penalty():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_with_operations_in_place(reentrant):
-    """Recomputation in backward runs without hooks, and must save the same tensors (non-reentrant checkpoints verify it)."""
+    """Recomputation in backward runs without hooks; it must save the same tensors, which checkpoints verify."""
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -477,3 +493,40 @@ def test_scripted_part_is_seen_through():
     report = module.report(lambda x, y: F.cross_entropy(module.net[2](module.other(module.net[0](x))), y))
     assert report.eligible == ["input", "net.0"]
     assert report.row("other").verdict is Verdict.SCRIPTED
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def token_classifier_step(model):
+    ids, y = torch.randint(1, 50, (3, 7)), torch.randint(4, (3,))
+    with observe(model, ids, y) as seen:
+        loss = F.cross_entropy(model(ids), y)
+    loss.backward()
+    return seen.report()
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch.distributed says about a group of one process on a CPU
+def test_fully_sharded_network(one_process):
+    """While a module runs its parameters are other tensors; they are known as parameters all the same."""
+    model = zoo.TransformerClassifier(layers=2)
+    plain = token_classifier_step(model)
+    for layer in (*model.encoder.layers, model.emb, model):
+        torch.distributed.fsdp.fully_shard(layer, mesh=one_process)
+    sharded = token_classifier_step(model)
+    assert type(model.emb.weight).__name__ == "DTensor"
+    assert sharded.eligible == plain.eligible
+    assert sharded.default == plain.default == ["emb", "encoder.layers.0"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_network_in_ddp(one_process):
+    module = Step()
+    module.net = nn.parallel.DistributedDataParallel(module.net)
+    report = module.report(lambda x, y: F.cross_entropy(module.net(x), y))
+    assert report.eligible == PATH
+    assert all(parameter.grad is not None for parameter in module.net.parameters())

@@ -46,24 +46,26 @@ def report() -> LayerReport:
     [
         (
             "net.layer1.0.conv1",
-            "'net.layer1.0.conv1' is bypassed: another path (a skip connection or a parallel branch) leads from the input to the"
-            " loss around its output, so only a part of the state would be mixed."
+            "'net.layer1.0.conv1' is bypassed: another path (a skip connection or a parallel branch) leads from"
+            " the input to the loss around its output, so only a part of the state would be mixed."
             " Nearest valid enclosing module: 'net.layer1.0', then 'net.layer1'."
             " Valid before it: 'net.conv1'. Valid after it: 'net.layer1.1'.",
         ),
         ("net.fc", "'net.fc' gives the final output: no weights follow it. Valid before it: 'net.bn'."),
         (
             "blocks",
-            "'blocks' is never called as a module in the training forward pass (it is a container such as ModuleList, or only"
-            " its parameters are used).",
+            "'blocks' is never called as a module in the training forward pass (it is a container such as"
+            " ModuleList, or only its parameters are used).",
         ),
         (
             "unused",
-            "'unused' is called, but the loss does not depend on what it returns. Valid before it: 'input'. Valid after it: 'net.conv1'.",
+            "'unused' is called, but the loss does not depend on what it returns."
+            " Valid before it: 'input'. Valid after it: 'net.conv1'.",
         ),
         (
             "constant",
-            "'constant' returns what does not depend on the input, so there is nothing to mix. Valid before it: 'net.bn'.",
+            "'constant' returns what does not depend on the input, so there is nothing to mix."
+            " Valid before it: 'net.bn'.",
         ),
         (
             "listing",
@@ -72,7 +74,8 @@ def report() -> LayerReport:
         ),
         (
             "frozen",
-            "'frozen' runs under torch.no_grad(), outside of the part that is trained. Valid before it: 'input'. Valid after it: 'net.conv1'.",
+            "'frozen' runs under torch.no_grad(), outside of the part that is trained."
+            " Valid before it: 'input'. Valid after it: 'net.conv1'.",
         ),
         ("net.layr1", "Expected the name of a layer of Module, got 'net.layr1'. Did you mean 'net.layer1',"),
     ],
@@ -100,8 +103,8 @@ def test_refusal_without_batch_dimension():
 
     report = eligible_layers(nn.Sequential(nn.Linear(6, 6), Rows(), nn.Linear(6, 2)), torch.randn(5, 4, 6))
     assert report.refusal("1") == (
-        "'1' has no batch dimension: its output has shape (20, 6), and none of its first two dimensions has the size of the"
-        " batch, 5. Valid before it: '0'."
+        "'1' has no batch dimension: its output has shape (20, 6), and none of its first two dimensions has the size"
+        " of the batch, 5. Valid before it: '0'."
     )
 
 
@@ -110,8 +113,16 @@ def test_refusal_by_the_batch_dimension_that_was_set():
         nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), torch.randn(5, 4, 6), batch_size=5, batch_dim=1
     )
     assert report.refusal("0") == (
-        "'0' has no batch dimension: its output has shape (5, 4, 6), whose dimension batch_dim=1 has not the size of the"
-        " batch, 5."
+        "'0' has no batch dimension: its output has shape (5, 4, 6), whose dimension batch_dim=1 has not the size of"
+        " the batch, 5."
+    )
+
+
+def test_refusal_for_an_unclear_batch_dimension():
+    report = eligible_layers(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), torch.randn(8, 4, 6), batch_size=4)
+    assert report.refusal("0") == (
+        "'0' has no clear batch dimension: its output has shape (8, 4, 6), so dimension 1 may count the 4 samples, or"
+        " dimension 0 several views of them; set batch_dim to say which one does."
     )
 
 
@@ -131,8 +142,8 @@ def test_refusals_of_the_input():
 
     report = eligible_layers(Both(), torch.randint(9, (3, 5)), torch.randn(3, 6))
     assert report.refusal("input") == (
-        "'input' cannot be mixed as a whole: besides the float tensors, integers enter the network, and what they look up would"
-        " stay unmixed. Valid after it: 'fuse'."
+        "'input' cannot be mixed as a whole: besides the float tensors, integers enter the network, and what they"
+        " look up would stay unmixed. Valid after it: 'fuse'."
     )
 
 

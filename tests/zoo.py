@@ -1,7 +1,8 @@
-"""Networks whose cut points were judged by hand, by reading their source: the truth that `test_layers_*.py` compares with.
+"""Networks whose cut points were judged by hand, by reading their source: the truth that `test_layers_*.py` compares
+with.
 
-`NETWORKS` are whole families, `MICRO_CASES` each isolate one way in which a state can go around a layer or seem to. The names
-listed are all cut points, the final output included.
+`NETWORKS` are whole families, `MICRO_CASES` each isolate one way in which a state can go around a layer or seem to. The
+names listed are all cut points, the final output included.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BATCH = 3
 
 
 class PreActBlock(nn.Module):
-    """A block whose shortcut convolution, where it has one, also reads the first activation: there `bn1` is a cut point."""
+    """A block whose shortcut convolution also reads the first activation: where it has one, `bn1` is a cut point."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -159,6 +160,33 @@ class TransformerClassifier(nn.Module):
         return self.fc(h.mean(1 if self.batch_first else 0))
 
 
+class Bert(nn.Module):
+    """The module tree of BERT, with three look-ups that come together inside of `embeddings`."""
+
+    class Embeddings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.word, self.position, self.kind = nn.Embedding(50, 16), nn.Embedding(20, 16), nn.Embedding(2, 16)
+            self.norm, self.dropout = nn.LayerNorm(16), nn.Dropout(0.1)
+
+        def forward(self, ids: Tensor, kinds: Tensor) -> Tensor:
+            positions = torch.arange(ids.shape[1])
+            return self.dropout(self.norm(self.word(ids) + self.position(positions) + self.kind(kinds)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.encoder = self.Embeddings(), nn.Module()
+        self.encoder.layer = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(4))
+        self.pooler = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+        self.classifier = nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor, kinds: Tensor) -> Tensor:
+        h = self.embeddings(ids, kinds)
+        for layer in self.encoder.layer:
+            h = layer(h)
+        return self.classifier(self.pooler(h[:, 0]))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -195,10 +223,9 @@ class SharedBlock(nn.Module):
 
 
 def mlp() -> nn.Sequential:
-    sizes = [20, 32, 32, 32]
     layers: list[nn.Module] = []
-    for width_in, width in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(width_in, width), nn.ReLU()]
+    for width in (20, 32, 32):
+        layers += [nn.Linear(width, 32), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(32, 5))
 
 
@@ -218,7 +245,8 @@ def token_ids(length: int = 7, tokens: int = 50) -> Callable[[], tuple[Tensor, .
 class Network:
     """A network, an example input, its cut points, and the default S.
 
-    `cut_points` is a pattern for the names of layers called once, or a function from the network and such a name to the truth.
+    `cut_points` is a pattern for the names of layers called once, or a function from the network and such a name to the
+    truth.
     """
 
     build: Callable[[], nn.Module]
@@ -324,6 +352,24 @@ NETWORKS: dict[str, Network] = {
     ),
     "transformer_time_major": Network(
         lambda: TransformerClassifier(False), token_ids(), ENCODER, ("emb", "encoder.layers.0", "encoder.layers.1")
+    ),
+    "bert": Network(
+        Bert,
+        lambda: (torch.randint(1, 50, (BATCH, 7)), torch.randint(2, (BATCH, 7))),
+        r"embeddings|embeddings\.(norm|dropout)|encoder\.layer\.\d(\.norm[12])?|pooler(\.\d)?|classifier",
+        ("embeddings", "encoder.layer.0", "encoder.layer.1"),
+    ),
+    "r3d_18": Network(
+        lambda: vision.video.r3d_18(num_classes=10),
+        lambda: (torch.randn(BATCH, 3, 4, 32, 32),),
+        r"stem(\.\d)?|layer\d(\.\d+(\.relu)?)?|avgpool|fc",
+        FIRST_TWO_STAGES,
+    ),
+    "fcn_resnet50": Network(
+        lambda: vision.segmentation.fcn_resnet50(weights_backbone=None, num_classes=4),
+        images(32),
+        r"backbone|backbone\.(conv1|bn1|relu|maxpool|layer\d(\.\d+)?)|classifier(\.\d)?",
+        ("input", "backbone.layer1", "backbone.layer2"),
     ),
     "mlp": Network(mlp, features(), r"\d", ("input", "1", "3")),
     "two_inputs": Network(

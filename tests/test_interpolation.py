@@ -1,0 +1,227 @@
+"""The arithmetic of the mix: against the formula in double precision, on every path that computes it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_manifold_mixup import interpolation
+from lightning_manifold_mixup.interpolation import interpolate
+
+LAMS = [0.0, 0.3, 0.5, 0.8, 1.0]
+NO_TRITON = importlib.util.find_spec("triton") is None
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device; the kernel runs in Triton's interpreter"
+    ),
+]
+
+
+def formula(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool = False) -> Tensor:
+    """The definition, by a matrix: row i has lam in column i and 1 - lam in the column of the partner of i."""
+    n = len(permutation)
+    matrix = lam.double() * torch.eye(n, dtype=torch.double)
+    matrix[range(n), permutation] += 1 - lam.double()
+    mixed = torch.tensordot(matrix.T if transposed else matrix, h.double().movedim(dim, 0), 1).movedim(0, dim)
+    return mixed.to(h.dtype)
+
+
+def draw(n: int, lam: float = 0.3) -> tuple[Tensor, Tensor]:
+    return torch.tensor(lam), torch.randperm(n, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.fixture(params=["rows", "gathered", "plain"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One way to compute it on the CPU: row by row, as a whole, or by the operations that other devices take."""
+    if request.param == "plain":
+        monkeypatch.setattr(interpolation, "_contiguous", interpolation._plain)
+    else:
+        monkeypatch.setattr(interpolation, "_GRAIN", 1 if request.param == "rows" else 1 << 60)
+    return request.param
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "dim"), [((6, 4, 3, 2), 0), ((5, 6, 7), 1), ((3, 4, 5), -1), ((9,), 0), ((1, 5), 0)])
+def test_agrees_with_the_formula(
+    path: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, transposed: bool
+) -> None:
+    h = torch.randn(shape).to(dtype)
+    for number in LAMS:
+        lam, permutation = draw(shape[dim], number)
+        mixed = interpolate(h, lam, permutation, dim, transposed)
+        torch.testing.assert_close(mixed, formula(h, lam, permutation, dim, transposed))
+        assert mixed.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(path: str, dtype: torch.dtype) -> None:
+    """Double precision rounded once: bit for bit. Arithmetic in half precision is off in about every second element."""
+    h = torch.randn(32, 100).to(dtype)
+    lam, permutation = draw(32, 0.3)
+    assert torch.equal(
+        interpolate(h, lam, permutation), torch.lerp(h[permutation].double(), h.double(), lam.double()).to(dtype)
+    )
+
+
+def test_lam_one_and_zero_are_exact(path: str) -> None:
+    h = torch.randn(8, 5)
+    _, permutation = draw(8)
+    assert torch.equal(interpolate(h, torch.tensor(1.0), permutation), h)
+    assert torch.equal(interpolate(h, torch.tensor(0.0), permutation), h[permutation])
+
+
+@pytest.mark.parametrize(
+    "h",
+    [
+        pytest.param(torch.randn(6, 4, 3, 2).to(memory_format=torch.channels_last), id="channels_last"),
+        pytest.param(torch.randn(6, 4, 3, 2, 2).to(memory_format=torch.channels_last_3d), id="channels_last_3d"),
+        pytest.param(torch.randn(4, 6, 3).transpose(0, 1), id="transposed"),
+        pytest.param(torch.randn(3, 4, 6).permute(2, 0, 1), id="samples innermost"),
+    ],
+)
+def test_strides_are_kept(path: str, h: Tensor) -> None:
+    lam, permutation = draw(6)
+    mixed = interpolate(h, lam, permutation)
+    torch.testing.assert_close(mixed, formula(h, lam, permutation, 0))
+    assert mixed.stride() == h.stride()
+
+
+@pytest.mark.parametrize(
+    "h",
+    [
+        pytest.param(torch.randn(6, 4, 8)[:, :, ::2], id="slice"),
+        pytest.param(torch.randn(12, 4)[::2], id="every second"),
+        pytest.param(torch.randn(6, 1).expand(6, 5), id="expanded"),
+        pytest.param(torch.randn(1, 5).expand(6, 5), id="expanded samples"),
+        pytest.param(torch.randn(6, 0), id="empty"),
+    ],
+)
+def test_any_strides_are_read(path: str, h: Tensor) -> None:
+    lam, permutation = draw(6)
+    torch.testing.assert_close(interpolate(h, lam, permutation), formula(h, lam, permutation, 0))
+
+
+def test_the_input_is_left_alone(path: str) -> None:
+    h = torch.randn(6, 4)
+    before = h.clone()
+    interpolate(h, *draw(6))
+    assert torch.equal(h, before)
+
+
+def test_every_row_comes_before_its_partner_in_a_cycle() -> None:
+    assert interpolation._along_cycles([2, 0, 1, 4, 3, 5]) == [0, 2, 1, 3, 4, 5]
+
+
+def test_a_large_state_needs_no_temporary() -> None:
+    """All that is allocated, apart from the result, is less than a tenth of it."""
+    h = torch.randn(16, 1 << 17)
+    lam, permutation = draw(16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        interpolate(h, lam, permutation)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert h.nbytes <= allocated < 1.1 * h.nbytes
+
+
+def test_compiled_without_graph_breaks() -> None:
+    compiled = torch.compile(interpolate, fullgraph=True, backend="aot_eager")
+    h, (lam, permutation) = torch.randn(8, 5), draw(8)
+    for transposed in (False, True):
+        torch.testing.assert_close(
+            compiled(h, lam, permutation, 0, transposed), formula(h, lam, permutation, 0, transposed)
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- the kernel
+
+IN_INTERPRETER = """
+import contextlib, torch
+from lightning_manifold_mixup import interpolation, kernels
+
+torch.cuda.device = lambda device: contextlib.nullcontext()
+for shape, dim in [((6, 4, 3), 0), ((3, 6, 7), 1), ((2, 3, 5), 2), ((4, 5000), 0), ((9,), 0), ((1, 5), 0), ((6, 0), 0)]:
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        for transposed in (False, True):
+            for number in (0.0, 0.3, 0.5, 0.8, 1.0):
+                h, lam, permutation = torch.randn(shape).to(dtype), torch.tensor(number), torch.randperm(shape[dim])
+                mixed = kernels.interpolate(h, lam, permutation, dim, transposed)
+                expected = interpolation._plain(h, lam, permutation, dim, transposed)
+                # The interpreter truncates where a GPU rounds to nearest: one unit in the last place.
+                last_place = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+                torch.testing.assert_close(mixed, expected, **last_place)
+"""
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs Triton")
+def test_kernel_in_the_interpreter_agrees_with_the_plain_operations() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", IN_INTERPRETER], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(("dtype", "words"), [("fp32", "v4"), ("bf16", "v4"), ("fp64", "v2")])
+def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str) -> None:
+    """Triton compiles for a GPU that is not there; 16 bytes at a time is what reaches the bandwidth of the memory."""
+    triton = importlib.import_module("triton")
+    source = importlib.import_module("triton.compiler").ASTSource
+    target = importlib.import_module("triton.backends.compiler").GPUTarget
+    from lightning_manifold_mixup.kernels import _mix
+
+    constants = {"transposed": True, "double": dtype == "fp64", "block": 2048}
+    signature = {
+        **{
+            "h_pointer": f"*{dtype}",
+            "mixed_pointer": f"*{dtype}",
+            "lam_pointer": "*fp32",
+            "permutation_pointer": "*i64",
+        },
+        **dict.fromkeys(("samples", "inner", "blocks"), "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}  # the pointers, and `inner`
+    assembly = triton.compile(source(_mix, signature, constants, aligned), target=target("cuda", 90, 32)).asm["ptx"]
+    assert f"ld.global.{words}" in assembly
+    assert f"st.global.{words}" in assembly
+
+
+def test_without_triton_the_plain_operations_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup.kernels", None)
+    interpolation._kernel.cache_clear()
+    try:
+        assert interpolation._kernel() is None
+    finally:
+        interpolation._kernel.cache_clear()
+
+
+class TestOnGPU:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("shape", "dim"), [((128, 64, 8, 8), 0), ((50, 32, 768), 1), ((33, 5001), 0), ((7,), 0)])
+    def test_kernel_agrees(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, transposed: bool) -> None:
+        h, (lam, permutation) = torch.randn(shape).to(dtype), draw(shape[dim])
+        for on in ("cuda", "cpu"):  # where lam is
+            mixed = interpolate(h.cuda(), lam.to(on), permutation.cuda(), dim, transposed)
+            torch.testing.assert_close(mixed.cpu(), formula(h, lam, permutation, dim, transposed))
+
+    def test_kernel_keeps_channels_last(self) -> None:
+        h, (lam, permutation) = torch.randn(8, 4, 3, 2).to(memory_format=torch.channels_last), draw(8)
+        mixed = interpolate(h.cuda(), lam.cuda(), permutation.cuda())
+        assert mixed.stride() == h.stride()
+        torch.testing.assert_close(mixed.cpu(), formula(h, lam, permutation, 0))
+
+    def test_one_state_more_is_the_peak(self) -> None:
+        h, (lam, permutation) = torch.randn(64, 1 << 16, device="cuda"), draw(64)
+        lam, permutation = lam.cuda(), permutation.cuda()
+        interpolate(h, lam, permutation)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        interpolate(h, lam, permutation)
+        assert torch.cuda.max_memory_allocated() - before < 1.01 * h.nbytes
