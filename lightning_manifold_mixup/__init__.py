@@ -8,6 +8,9 @@ from lightning_manifold_mixup.mixing import Mix as Mix
 from lightning_manifold_mixup.mixing import draw_mix as draw_mix
 from lightning_manifold_mixup.mixing import mixing as mixing
 from lightning_manifold_mixup.module import ManifoldMixupModule as ManifoldMixupModule
+from lightning_manifold_mixup.semi_supervised import (
+    SemiSupervisedManifoldMixupModule as SemiSupervisedManifoldMixupModule,
+)
 from lightning_manifold_mixup.targets import MixedTarget as MixedTarget
 from lightning_manifold_mixup.targets import MixingError as MixingError
 from lightning_manifold_mixup.targets import mixed_loss as mixed_loss

@@ -177,7 +177,7 @@ class ManifoldMixupCallback(pl.Callback):
             mix = draw_mix(len(sample), alpha, own)
         hook = self._hooks.layers.get(layer) if layer else None
         self._step = MixedStep(pl_module, self._keys, mix.to(sample.device), layer, hook, self.batch_dim)
-        self._step.arm(None if self._plan.checked else self._observer(trainer, pl_module))
+        self._step.arm(None if self._plan.checked else self._observer(self._step, trainer))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -235,23 +235,32 @@ class ManifoldMixupCallback(pl.Callback):
 
     # -------------------------------------------------------------------------------------------------- the first batch
 
-    def _observer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[..., Any]:
+    def _observer(self, step: MixedStep, trainer: pl.Trainer) -> Callable[..., Any]:
         """Wraps the first training step that is mixed: the layers are checked on it, or chosen."""
 
         def observer(training_step: Callable[..., Any]) -> Callable[..., Any]:
             def observed(batch: Any, *args: Any, **kwargs: Any) -> Any:
                 targets = self._keys.find_targets(batch)
-                inputs = list(batches.without(batch, targets))
                 labels = [part for key in targets for part in labellings(batches.get(batch, key))]
                 with ExitStack() as stack:
-                    candidates = {name: CriterionHooks() for name in criterion_candidates(pl_module)}
-                    for name, hooks in candidates.items():
-                        hooks.register(named_layers(pl_module)[name], stack)
+                    criteria = {name: CriterionHooks() for name in criterion_candidates(step.module)}
+                    for name, hooks in criteria.items():
+                        hooks.register(named_layers(step.module)[name], stack)
                     seen = stack.enter_context(
-                        observe(pl_module, inputs, labels, batch_size=len(labels[0]), batch_dim=self.batch_dim)
+                        observe(
+                            step.module,
+                            inputs=list(batches.without(batch, targets)),
+                            targets=labels,
+                            batch_size=len(labels[0]),
+                            batch_dim=self.batch_dim,
+                        )
                     )
                     output = training_step(batch, *args, **kwargs)
-                self._settle(trainer, seen.report(), [name for name, hooks in candidates.items() if hooks.fired])
+                if output is not None:  # otherwise the user skips this batch
+                    report = seen.report()
+                    if not report.sinks_found:
+                        raise step.unused_target()
+                    self._settle(trainer, report, [name for name, hooks in criteria.items() if hooks.fired])
                 return output
 
             return observed
@@ -259,24 +268,35 @@ class ManifoldMixupCallback(pl.Callback):
         return observer
 
     def _settle(self, trainer: pl.Trainer, report: LayerReport, criteria: list[str]) -> None:
+        """Fixes S and the criteria for the rest of the fit, by what was observed."""
         plan, hooks = self._plan, self._hooks
         assert hooks is not None
         if plan.layers is None:
             plan.layers = trainer.strategy.broadcast(report.default)
-            rank_zero_info(
-                f"Manifold Mixup: each batch is mixed at one of {', '.join(plan.layers)} (layers='auto'). See why with "
-                "`manifold-mixup layers --config ...` or `print(eligible_layers(model, x))`."
-            )
-            if not plan.layers:
-                raise MisconfigurationException("layers='auto' found no layer where the whole state could be mixed.")
+            self._announce(plan.layers)
             hooks.add_layers(plan.layers, self.batch_dim)
-        else:
-            refusals = [refusal for name in plan.layers if (refusal := report.refusal(name))]
-            if refusals:
-                raise MisconfigurationException("\n".join(refusals))
+        elif refusals := [refusal for name in plan.layers if (refusal := report.refusal(name))]:
+            raise MisconfigurationException("\n".join(refusals))
+        for name, hook in hooks.layers.items():
+            row = report.row(name)
+            hook.settle(row.batch_dims)
+            if row.ambiguous and any(len(shape) > 2 for shape in row.shapes):
+                rank_zero_warn(
+                    f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The samples "
+                    f"are taken to be in dimension {row.batch_dim}; set `batch_dim` to say so, or otherwise."
+                )
         plan.criteria = criteria
         hooks.add_criteria(criteria)
         plan.checked = True
+
+    def _announce(self, layers: list[str]) -> None:
+        why = "`manifold-mixup layers` and `print(eligible_layers(model, x))` show why"
+        if not layers:
+            raise MisconfigurationException(f"layers='auto' found no place where the whole state can be mixed; {why}.")
+        if layers == [INPUT]:
+            rank_zero_warn(f"layers='auto' found no eligible layer but the input, so this is input mixup; {why}.")
+        else:
+            rank_zero_info(f"Manifold Mixup mixes each batch at one of S = {{{', '.join(layers)}}} (layers='auto'; {why}).")
 
     # --------------------------------------------------------------------------------------------------------- logging
 

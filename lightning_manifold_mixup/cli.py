@@ -1,24 +1,27 @@
-"""The command `manifold-mixup`: Lightning's CLI over any LightningModule and data module, and the commands beside it."""
+"""The command `manifold-mixup`: Lightning's CLI over any module and data module, and the commands beside it."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
+import yaml  # type: ignore[import-untyped]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
@@ -32,6 +35,9 @@ for _module in ("jsonargparse", "rich"):  # before Lightning says so in its own 
     require(_module, "cli")
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROGRAM = "manifold-mixup"
 RUNS = "manifold_mixup_runs"
@@ -60,6 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # ...
     """
     argv = list(sys.argv[1:] if args is None else args)
+    _quieten()
     command = argv[0] if argv else "--help"
     with short_errors():
         if command in ("-h", "--help"):
@@ -78,6 +85,19 @@ def main(args: Sequence[str] | None = None) -> None:
                 + (f"; did you mean {near[0]}?" if near else f", only {', '.join(known)}.")
                 + f" `{PROGRAM} --help` says what they do."
             )
+
+
+def _quieten() -> None:
+    """Drops two messages of Lightning that no setting turns off and no user of a recipe can act on."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _no_advertisement not in logger.filters:
+        logger.addFilter(_no_advertisement)
+    # torch 2.14 deprecates what Lightning 2.6 calls
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "💡 Tip" not in record.getMessage()
 
 
 class UsageError(ValueError):
@@ -99,7 +119,9 @@ def short_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(DEBUG) or (cause := _users_error(error)) is None:
             raise
-        print(f"{PROGRAM}: error: {cause}\n({DEBUG}=1 shows where it comes from)", file=sys.stderr)
+        print(f"{PROGRAM}: error: {cause}", file=sys.stderr)
+        if not isinstance(cause, UsageError):
+            print(f"({DEBUG}=1 shows where it comes from)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -136,12 +158,17 @@ def _print_help() -> None:
 # ------------------------------------------------------------------------------------------------- what was asked for
 
 
-def expand_configs(args: Sequence[str]) -> list[str]:
-    """Replaces the names of recipes after ``--config`` by their files.
+def expand_configs(args: Sequence[str], folder: Path) -> list[str]:
+    """Replaces the names of recipes after ``--config`` by files.
+
+    Args:
+        args: a command line.
+        folder: where to write one file for the layers of a recipe that has several. (Given one after the other,
+            jsonargparse would want the first to have every ``class_path``.)
 
     Example:
-        >>> [Path(arg).name for arg in expand_configs(["fit", "--config=digits", "-c", "cifar10_small-5000"])]
-        ['fit', '--config', 'digits.yaml', '--config', 'cifar10_small.yaml', '--config', 'cifar10_small-5000.yaml']
+        >>> [Path(arg).name for arg in expand_configs(["fit", "--config=digits"], Path("nowhere"))]
+        ['fit', '--config', 'digits.yaml']
     """
     expanded: list[str] = []
     rest = iter(args)
@@ -151,8 +178,12 @@ def expand_configs(args: Sequence[str]) -> list[str]:
             expanded.append(arg)
             continue
         value = value if equals else next(rest, "")
-        for file in recipes.layers_of(value):
-            expanded += ["--config", str(file)]
+        files = recipes.layers_of(value)
+        if len(files) > 1:
+            file = folder / f"{len(expanded)}.yaml"
+            file.write_text(yaml.safe_dump(recipes.read(files), sort_keys=False), encoding="utf-8")
+            files = [file]
+        expanded += ["--config", str(files[0])]
     return expanded
 
 
@@ -175,7 +206,7 @@ def asked_for(args: Sequence[str]) -> dict[str, Any]:
                 keys = ["class_path"]
             elif keys and keys[0] not in ("class_path", "init_args", "dict_kwargs"):
                 keys.insert(0, "init_args")
-            layer = yaml.safe_load(value) if value else None
+            layer: Any = yaml.safe_load(value) if value else None
             for key in reversed([head, *keys]):
                 layer = {key: layer}
             config = recipes.merge(config, layer)
@@ -191,16 +222,12 @@ def class_of(path: Any, base: type) -> Any:
     """
     if not isinstance(path, str):
         return None
-    module, dot, name = path.rpartition(".")
-    if dot:
-        try:
-            return getattr(import_module(module), name, None)
-        except ImportError:
-            return None
+    if "." in path:
+        return locate(path)
     todo = [base]
     while todo:
         known = todo.pop()
-        if known.__name__ == name:
+        if known.__name__ == path:
             return known
         todo += known.__subclasses__()
     return None
@@ -213,7 +240,7 @@ def _takes(target: Any, name: str) -> bool:
     for base in target.__mro__:
         if "__init__" not in vars(base):
             continue
-        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
         if name in parameters:
             return True
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
@@ -225,8 +252,9 @@ def _gives(source: Any, name: str) -> bool:
     """Whether instances of a class have an attribute of that name: declared, or set in ``__init__``."""
     if not isinstance(source, type):
         return False
+    makers = [vars(base).get("__init__") for base in source.__mro__]
     return hasattr(source, name) or any(
-        name in base.__init__.__code__.co_names for base in source.__mro__ if inspect.isfunction(vars(base).get("__init__"))
+        inspect.isfunction(maker) and name in maker.__code__.co_names for maker in makers
     )
 
 
@@ -279,6 +307,17 @@ def default_loggers() -> list[dict[str, Any]]:
     return [csv, board] if find_spec("tensorboard") else [csv]
 
 
+class Parser(LightningArgumentParser):
+    """Says what is wrong without the hundred lines of all options."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        command = getattr(getattr(ex, "subcommand_parser", None) or self, "prog", PROGRAM).replace(" [options]", "")
+        self.exit(2, f"{PROGRAM}: error: {message.strip()}\n`{command} --help` lists the options.\n")
+
+
 class ManifoldMixupCLI(LightningCLI):
     """Lightning's CLI with the names of recipes, the model's sizes taken from the data, and a table after training.
 
@@ -292,16 +331,10 @@ class ManifoldMixupCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
-        argv = expand_configs(args)
-        config = asked_for(argv)
-        if not _any_option(argv, "--config", "--model", "--model.class_path", "--data", "--data.class_path"):
-            file = str(recipes.layers_of(recipes.DEFAULT)[0])
-            argv[run:run] = ["--config", file]
-            config = recipes.merge(recipes.read([Path(file)]), config)
-        if _get(config, "model.class_path") is None:
-            argv[run:run] = ["--model", DEFAULT_MODEL]
-            config = recipes.merge(config, {"model": {"class_path": DEFAULT_MODEL}})
-        self.links = links(config)
+        with ExitStack() as stack:
+            argv = expand_configs(args, Path(stack.enter_context(TemporaryDirectory())))
+            argv = self._complete(argv, run)
+            self._layers = stack.pop_all()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -311,9 +344,27 @@ class ManifoldMixupCLI(LightningCLI):
             trainer_defaults={"default_root_dir": RUNS, "logger": default_loggers()},
             seed_everything_default=0,
             parser_kwargs={"prog": PROGRAM},
+            parser_class=Parser,
             args=argv,
             run=run,
         )
+
+    def _complete(self, argv: list[str], run: bool) -> list[str]:
+        """Adds the default recipe and the default model where they are wanted, and finds the links."""
+        config = asked_for(argv)
+        if not _any_option(argv, "--config", "--model", "--model.class_path", "--data", "--data.class_path"):
+            file = str(recipes.layers_of(recipes.DEFAULT)[0])
+            argv[run:run] = ["--config", file]
+            config = recipes.merge(recipes.read([Path(file)]), config)
+        if _get(config, "model.class_path") is None:
+            argv[run:run] = ["--model", DEFAULT_MODEL]
+            config = recipes.merge(config, {"model": {"class_path": DEFAULT_MODEL}})
+        for key, base in (("model", LightningModule), ("data", LightningDataModule)):
+            path = _get(config, f"{key}.class_path")
+            if path is not None and class_of(path, base) is None:
+                raise UsageError(f"There is no class {path!r} ({key}.class_path), or it cannot be imported.")
+        self.links = links(config)
+        return argv
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -324,13 +375,14 @@ class ManifoldMixupCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # The original warns of `args` beside `sys.argv`. `sys.argv` has to stay: DDP starts its processes with it.
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        with self._layers:
+            self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     @override
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if getattr(self.datamodule, "num_workers", None) == 0:
-            # 0 was chosen: a data module that has the images in memory, or decodes a batch at a time, is not faster with more
+            # 0 was chosen: data modules that have their images in memory are not faster with more
             warnings.filterwarnings("ignore", message=".*does not have many workers")
 
     def after_fit(self) -> None:
@@ -347,21 +399,27 @@ class ManifoldMixupCLI(LightningCLI):
 def print_results(metrics: dict[str, float]) -> None:
     """Prints test metrics as a table: error, NLL and calibration error first."""
     known = {
-        "test/error": ("test error", lambda value: f"{100 * value:.2f} %"),
-        "test/top5_error": ("test error, top 5", lambda value: f"{100 * value:.2f} %"),
-        "test/nll": ("negative log likelihood (nats)", lambda value: f"{value:.4f}"),
-        "test/ece": ("expected calibration error", lambda value: f"{100 * value:.2f} %"),
+        "test/error": ("test error", "{:.2%}"),
+        "test/top5_error": ("test error, top 5", "{:.2%}"),
+        "test/nll": ("negative log likelihood (nats)", "{:.4f}"),
+        "test/ece": ("expected calibration error", "{:.2%}"),
     }
     table = require("rich.table", "cli").Table("after the last epoch", "test set")
     table.columns[1].justify = "right"
     for key, (label, form) in known.items():
         if key in metrics:
-            table.add_row(label, form(metrics[key]))
+            table.add_row(label, form.format(metrics[key]).replace("%", " %"))
     for key, value in metrics.items():
         if key.startswith("test") and key not in known:
             table.add_row(key, f"{value:.4f}")
     if table.row_count:
-        require("rich.console", "cli").Console().print(table)
+        console().print(table)
+
+
+def console() -> Console:
+    """Where tables go; wide enough for them where it is no terminal."""
+    made: Console = require("rich.console", "cli").Console(width=None if sys.stdout.isatty() else 120)
+    return made
 
 
 def _any_option(argv: Sequence[str], *options: str) -> bool:

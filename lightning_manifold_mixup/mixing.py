@@ -273,6 +273,10 @@ class MixingHook:
             self._dims = batch_dims(output, n, self.batch_dim)
         return self.mix(output, self._dims if self._dims is not None else self.batch_dim)
 
+    def settle(self, dims: Sequence[int | None]) -> None:
+        """Fixes the batch dimension of each tensor of the output, as observed."""
+        self._dims = [dim for dim in dims if dim is not None]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
         return MixingHook(self.batch_dim)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -33,9 +34,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
@@ -43,6 +44,7 @@ from typing_extensions import override
 
 from lightning_manifold_mixup.batch import describe
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
+from lightning_manifold_mixup.compiled import compiled_parts
 from lightning_manifold_mixup.layers import INPUT, eligible_layers, named_layers, resolve_layers
 from lightning_manifold_mixup.losses import LossName
 from lightning_manifold_mixup.mixing import Mix, check_alpha, draw_mix, mixing
@@ -110,7 +112,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
         >>> teacher.weight.item()
         2.0
     """
-    average = get_ema_multi_avg_fn(min(1 - 1 / (step + 1), decay))
+    average = get_ema_multi_avg_fn(min(1 - 1 / (step + 1), decay))  # type: ignore[no-untyped-call]
     average(list(teacher.parameters()), list(student.parameters()), None)
 
 
@@ -298,19 +300,36 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
 
     def _settle_layers(self, x: Tensor) -> None:
         """Chooses S, or checks it, on the first labelled batch."""
-        report = eligible_layers(self, x)
+        recomputed: set[nn.Module | None] = (
+            set()
+        )  # in backward, where a layer would not know which of two mixes is meant
+
+        def note(layer: nn.Module, args: Any, output: Any) -> None:
+            if not torch.is_grad_enabled():
+                recomputed.add(layer)
+
+        modules = named_layers(self)
+        with ExitStack() as stack:
+            for module in modules.values():
+                stack.callback(module.register_forward_hook(note).remove)
+            report = eligible_layers(self, x)
         if self.layers == "auto":
             names = self.trainer.strategy.broadcast(report.default)
         else:
             names = resolve_layers(self, [self.layers] if isinstance(self.layers, str) else self.layers)
         refusals = [refusal for name in names if (refusal := report.refusal(name))]
+        self._eligible = [None if name == INPUT else modules[name] for name in names]
+        if any(layer in recomputed for layer in self._eligible):
+            refusals.append("Layers inside an activation checkpoint cannot be mixed here, only those around it.")
+        if names != [INPUT] and compiled_parts(self):
+            refusals.append(
+                "Hidden states of a network that torch.compile has wrapped cannot be mixed here, only inputs."
+            )
         if refusals or not names:
             raise MisconfigurationException(
                 "\n".join(refusals) or "Found no layer where the whole state could be mixed."
             )
         rank_zero_info(f"Manifold Mixup: each batch is mixed at one of {', '.join(names)}.")
-        modules = named_layers(self)
-        self._eligible = [None if name == INPUT else modules[name] for name in names]
 
     # ------------------------------------------------------------------------------------------------------- evaluation
 

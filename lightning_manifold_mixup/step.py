@@ -166,9 +166,7 @@ class MixedStep:
         if not self._state_mixed:
             self._raise_unmixed()
         if not self._target_used:
-            raise MixingError(
-                f"{self._where} the target was mixed, but no loss with a gradient used it: {self._target_advice}"
-            )
+            raise self.unused_target()
 
     def check_halves(self) -> None:
         """Before a backward pass or an optimizer step of the user's own: no mixed labels on states that are not mixed.
@@ -192,11 +190,15 @@ class MixedStep:
         trainer = self.module.trainer
         return f"Manifold Mixup, epoch {trainer.current_epoch}, step {trainer.global_step}, layer {self.layer!r}:"
 
-    _target_advice = (
-        "the labels went through something that cannot keep them (numpy, `.item()`, a custom autograd.Function, a compiled "
-        "or scripted function), or the loss takes its labels from elsewhere. Compute it with "
-        "`mixed_loss(function, logits, y)` or a criterion module, and check `target_key`. Nothing was updated."
-    )
+    def unused_target(self) -> MixingError:
+        """The error for a batch whose mixed target no loss has used."""
+        keys = ", ".join(map(repr, self.keys.targets)) if self.keys.targets != [None] else "found by itself"
+        return MixingError(
+            f"{self._where} the target was mixed, but no loss with a gradient used it. Either the loss takes its labels from "
+            f"elsewhere: check `target_key` ({keys}). Or they went through something that cannot keep them (numpy, `.item()`, "
+            "a scripted function): compute the loss with `mixed_loss(function, logits, y)` or in a criterion module. Nothing "
+            "was updated."
+        )
 
     def _raise_unmixed(self) -> None:
         raise MixingError(

@@ -194,6 +194,34 @@ def test_criterion_with_a_custom_autograd_function():
     assert module.report(lambda x, y: Squared.apply(module.net(x), y)).eligible == PATH
     assert module.report(lambda x, y: Squared.apply(module.net(x), y) * 2).eligible == PATH
 
+    def beside_another(x, y):
+        h = module.net[0](x)
+        return F.cross_entropy(module.other(h), y) + 2 * Squared.apply(module.net[2](h), y)
+
+    report = module.report(beside_another)
+    assert report.eligible == ["input", "net.0"]
+    assert report.row("other").verdict is report.row("net.2").verdict is Verdict.BYPASSED
+
+
+def test_teacher_inside_a_custom_autograd_function_hides_nothing():
+    class Distilled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, teacher, y):
+            return (logits - teacher / 2 - F.one_hot(y, 8) / 2).square().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.ones(5, 8), None, None
+
+    module = Step()
+
+    def step(x, y):
+        with torch.no_grad():
+            teacher = module.net(x)
+        return 2 * Distilled.apply(module.net(x), teacher, y)
+
+    assert module.report(step).eligible == PATH
+
 
 def test_teacher_pass_of_the_same_network_hides_nothing():
     module = Step()

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers
@@ -51,7 +52,9 @@ def sgd(parameters):
 
 def module(teacher="ema", model=None, **kwargs):
     defaults = {"w_max": 3.0, "ramp": 0.5, "layers": LAYERS, "seed": 5, "optimizer": sgd}
-    return SemiSupervisedManifoldMixupModule(model or ConvNet(), CLASSES, teacher, **(defaults | kwargs))
+    return SemiSupervisedManifoldMixupModule(
+        ConvNet() if model is None else model, CLASSES, teacher, **(defaults | kwargs)
+    )
 
 
 class Losses(L.Callback):
@@ -98,7 +101,8 @@ class ByHand:
     def loss(self, x, y, u):
         self.batches += 1
         shared, own = (
-            np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, self.batches])) for stream in (0, 1)
+            np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, self.batches]))
+            for stream in (0, 1)
         )
         shared.random()
         logits, lam, permutation = self.mixed(x, self.alphas[0], shared, own)
@@ -418,7 +422,8 @@ class Spied(semi.SemiSupervisedManifoldMixupModule):
 
 class Save(L.Callback):
     def on_fit_end(self, trainer, ours):
-        state = {"layers": ours.drawn, "lams": ours.lams, "teacher_error": trainer.callback_metrics["val/teacher_error"]}
+        state = {"layers": ours.drawn, "lams": ours.lams}
+        state["teacher_error"] = trainer.callback_metrics["val/teacher_error"]
         state["parameters"] = {name: p.detach() for name, p in ours.named_parameters()}
         torch.save(state, f"{sys.argv[1]}/{trainer.global_rank}.pt")
 
@@ -484,7 +489,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("data", [TensorDataset(*images(N)), None])
     def test_other_batches(self, data):
-        batches = DataLoader(data, N) if data else CombinedLoader({"labelled": DataLoader(TensorDataset(*images(N)), N)})
+        batches = (
+            DataLoader(data, N) if data else CombinedLoader({"labelled": DataLoader(TensorDataset(*images(N)), N)})
+        )
         with pytest.raises(ValueError, match=r'"labelled": \(x, y\), "unlabelled": \(x, ...\)'):
             trainer().fit(module(), batches)
 
@@ -509,3 +516,22 @@ class TestErrors:
         net.forward = lambda x: net.fc(net.layer2(net.layer1((h := conv1(x)) + net.inner(h))).mean((2, 3)))
         with pytest.raises((ValueError, MisconfigurationException), match=message):
             trainer().fit(module("self" if "teacher" not in layers[0] else "ema", net, layers=layers), loaders())
+
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in the teacher's pass
+    def test_layers_that_backward_would_compute_again(self):
+        class Checkpointed(ConvNet):
+            def forward(self, x):
+                inside = lambda h: self.layer2(self.layer1(h))  # noqa: E731
+                return self.fc(checkpoint(inside, self.conv1(x), use_reentrant=True).mean((2, 3)))
+
+        with pytest.raises(MisconfigurationException, match="activation checkpoint"):
+            trainer().fit(module(model=Checkpointed(), layers=["input", "model.layer1"]), loaders())
+        trainer().fit(module(model=Checkpointed(), layers=["input", "model.conv1"]), loaders())
+
+    def test_compiled_network(self):
+        def compiled():
+            return torch.compile(ConvNet(), backend="eager")
+
+        with pytest.raises(MisconfigurationException, match=r"torch\.compile"):
+            trainer().fit(module(model=compiled()), loaders())
+        trainer().fit(module(model=compiled(), layers=["input"]), loaders())

@@ -828,3 +828,44 @@ class PreNormalisedWeights(Case):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@micro_case("fc")
+class InputWrittenThroughAView(Case):
+    """What is written is a view; what is used is its base."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x))
+        view = h[:, :4]
+        view += x[:, :4]
+        return self.fc(h)
+
+
+@micro_case("a", "b", "fc")
+class RunningMean(Case):
+    """A buffer that follows the states is the module's own, and no way around the layers in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
+        return self.fc(F.relu(self.b(h)) - self.mean)
+
+
+@micro_case("a", "fc")
+class PassedThroughWithoutGrad(Case):
+    """Under no_grad a layer hands on a tensor that keeps its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        with torch.no_grad():
+            same = self.same(h)
+        return self.fc(self.b(h) + same)

@@ -1,0 +1,235 @@
+"""Cut points: the layers that every path from the input to the logits runs through.
+
+A layer's output is a cut point when no path leads around it; only there does mixing reach the whole state. Whether one
+does is a matter of counting: with p the number of paths from the input to the logits, and q the number of those through
+the layer's output, the layer is a cut point exactly if p = q. The counts are exact: Python's integers do not overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import nn
+
+from lightning_manifold_mixup.layers.flow import SOURCE, Flow
+from lightning_manifold_mixup.layers.names import INPUT, named_layers
+from lightning_manifold_mixup.layers.paths import count_paths, find_sinks, weights_after
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A tensor that a layer returned: its node in the record of flow, and its shape."""
+
+    node: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        order: Position among all calls, in the order in which they returned.
+        marks: The tensors of content that it returned.
+        shapes: Shapes of all tensors of floating point numbers that it returned, in the order of the structure.
+        carries_gradient: Whether it ran in a forward pass that is back-propagated.
+    """
+
+    order: int
+    marks: tuple[Mark, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    carries_gradient: bool
+
+
+class Verdict(Enum):
+    """What was found about a layer, in the few words of a table."""
+
+    ELIGIBLE = "every path runs through it"
+    BYPASSED = "bypassed"
+    FINAL = "final output"
+    REPEATED = "called several times"
+    UNCALLED = "never called"
+    SCRIPTED = "TorchScript takes no hooks"
+    UNUSED = "return value not used"
+    NO_DATA = "does not depend on the input"
+    NO_TENSOR = "returns no float tensor"
+    NO_GRADIENT = "runs without gradients"
+    NO_BATCH = "no batch dimension"
+    UNCLEAR_BATCH = "unclear batch dimension: set batch_dim"
+    LOOKED_UP = "integer inputs go around it"
+
+
+@dataclass(eq=False)
+class Layer:
+    """A layer with what was found about it.
+
+    Attributes:
+        name: Its name, relative to the observed module.
+        module: The module, None for the input.
+        calls: Its calls, in order.
+        live: Those of them whose output reaches the end of the network.
+        verdict: The finding.
+        group: Layers of one group return the same tensor.
+        position: A number that grows from the input to the logits; -1 if it was not called on the way.
+        batch_dims: For each float tensor of its output, which dimension runs over samples, None if none does.
+        ambiguous: Whether that was a guess, as dimensions 0 and 1 both have the size of the batch.
+    """
+
+    name: str
+    module: nn.Module | None
+    calls: list[Call]
+    live: list[Call] = field(default_factory=list)
+    verdict: Verdict = Verdict.UNCALLED
+    group: int = -1
+    position: int = -1
+    batch_dims: tuple[int | None, ...] = ()
+    ambiguous: bool = False
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the whole state can be mixed here."""
+        return self.verdict is Verdict.ELIGIBLE
+
+
+def analyse(
+    root: nn.Module,
+    calls: Mapping[str, list[Call]],
+    flow: Flow,
+    ends: Sequence[int] | None,
+    batch_size: int,
+    batch_dim: int | None,
+) -> tuple[list[Layer], bool]:
+    """Judge every layer.
+
+    Args:
+        root: The observed module.
+        calls: The calls of each layer, by name.
+        flow: The record of what flowed between them.
+        ends: The nodes of the network's outputs; None to take the content that met a target.
+        batch_size: The number of samples.
+        batch_dim: The dimension that runs over samples, None to tell it by its size.
+
+    Returns:
+        The layers, the input first, and whether the end of the network was found.
+    """
+    sinks = find_sinks(flow) if ends is None else list(dict.fromkeys(ends))
+    found = bool(sinks)
+    if not found:  # go on with whatever the forward pass computed last, for a report that helps to find out why
+        read = {other for before in flow.predecessors for other in before}
+        sinks = [node for node in range(len(flow.predecessors)) if node not in read]
+    into, onward = count_paths(flow.predecessors, sinks)
+    total = onward[SOURCE]
+    through = [a * b for a, b in zip(into, onward, strict=True)]
+    # Only what lies on a path: a penalty on the weights, say, follows the logits too.
+    on_path = [weight and bool(paths) for weight, paths in zip(flow.weighted, through, strict=True)]
+    followed = weights_after(flow.predecessors, on_path)
+
+    layers = [Layer(INPUT, None, calls.get(INPUT, []))]
+    layers += [Layer(name, module, calls.get(name, [])) for name, module in named_layers(root).items()]
+    for layer in layers:
+        layer.live = [call for call in layer.calls if any(through[mark.node] for mark in call.marks)]
+        if layer.live:
+            layer.position = max(mark.node for mark in layer.live[0].marks if through[mark.node])
+            layer.batch_dims = tuple(_batch_dim(shape, batch_size, batch_dim) for shape in layer.live[0].shapes)
+            shapes = [mark.shape for mark in layer.live[0].marks if through[mark.node]]
+            layer.ambiguous = batch_dim is None and any(shape[:2] == (batch_size, batch_size) for shape in shapes)
+        layer.verdict = _judge(layer, flow, through, total, followed, batch_size, batch_dim)
+    _group(layers, flow, through, total)
+    return layers, found
+
+
+def _judge(
+    layer: Layer,
+    flow: Flow,
+    through: Sequence[int],
+    total: int,
+    followed: Sequence[bool],
+    batch_size: int,
+    batch_dim: int | None,
+) -> Verdict:
+    if not layer.live:
+        return _why_not_live(layer)
+    live = [[mark for mark in call.marks if through[mark.node]] for call in layer.live]
+    nodes = [[mark.node for mark in marks] for marks in live]
+    # The tensors that one call returns lie on distinct paths, so the sum counts each path once.
+    covered = sum(through[node] for call in nodes for node in call)
+    if len(live) > 1 and (covered != total or _feeds_itself(nodes, flow.predecessors)):
+        return Verdict.REPEATED
+    if covered != total:
+        return Verdict.LOOKED_UP if layer.name == INPUT else Verdict.BYPASSED
+    if not all(call.carries_gradient for call in layer.live):
+        return Verdict.NO_GRADIENT
+    if not any(followed[node] for call in nodes for node in call):
+        return Verdict.FINAL
+    # A hook mixes all that a layer returns, used or not; of the inputs only those are mixed that are used.
+    shapes = [mark.shape for marks in live for mark in marks]
+    if layer.name != INPUT:
+        shapes = [shape for call in layer.live for shape in call.shapes if shape]
+    without = [shape for shape in shapes if _batch_dim(shape, batch_size, batch_dim) is None]
+    if any(shape[1:2] == (batch_size,) for shape in without) and batch_dim is None:
+        return Verdict.UNCLEAR_BATCH
+    return Verdict.NO_BATCH if without else Verdict.ELIGIBLE
+
+
+def _why_not_live(layer: Layer) -> Verdict:
+    if isinstance(layer.module, torch.jit.ScriptModule):
+        return Verdict.SCRIPTED
+    if not layer.calls:
+        return Verdict.UNCALLED
+    if not any(call.shapes for call in layer.calls):
+        return Verdict.NO_TENSOR
+    if not any(call.marks for call in layer.calls):
+        return Verdict.NO_DATA
+    # A pass of the network that no gradient comes back through (a teacher's) is the likelier reason than a result
+    # ignored.
+    if not any(call.carries_gradient for call in layer.calls if call.marks):
+        return Verdict.NO_GRADIENT
+    return Verdict.UNUSED
+
+
+def _feeds_itself(calls: Sequence[Sequence[int]], predecessors: Sequence[Sequence[int]]) -> bool:
+    """Whether the output of one call is computed from that of another."""
+    for index, call in enumerate(calls):
+        others = {node for other, nodes in enumerate(calls) if other != index for node in nodes}
+        stack, seen = list(call), set(call)
+        while stack:
+            for node in predecessors[stack.pop()]:
+                if node in others:
+                    return True
+                if node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+    return False
+
+
+def _group(layers: Sequence[Layer], flow: Flow, through: Sequence[int], total: int) -> None:
+    """Give layers that return the very same tensors (a container and its last child) one group."""
+    owner: dict[int, Layer] = {}
+    groups = 0
+    called = [layer for layer in layers if layer.live]
+    for layer in sorted(called, key=lambda layer: (layer.live[0].order, layer.name.count("."))):
+        nodes = [mark.node for call in layer.live for mark in call.marks if through[mark.node]]
+        before = {
+            owner.get(flow.predecessors[node][0]) if len(flow.predecessors[node]) == 1 else None for node in nodes
+        }
+        inner = before.pop() if len(before) == 1 else None
+        if inner is not None and inner.verdict is layer.verdict and len(inner.live) == len(layer.live):
+            layer.group = inner.group
+        else:
+            layer.group, groups = groups, groups + 1
+        for node in nodes:
+            owner[node] = layer
+
+
+def _batch_dim(shape: tuple[int, ...], batch_size: int, batch_dim: int | None) -> int | None:
+    # 2n rows may be two views of n samples: no reason to take the next dimension for the samples, if it has size n.
+    several = (
+        batch_dim is None and batch_size > 1 and shape[:1] != (batch_size,) and shape and shape[0] % batch_size == 0
+    )
+    for dim in (0, 1) if batch_dim is None else (batch_dim,):
+        if -len(shape) <= dim < len(shape) and shape[dim] == batch_size and not several:
+            return dim
+    return None

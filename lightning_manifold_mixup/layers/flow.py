@@ -1,0 +1,283 @@
+"""Which content flows where: a record of one forward pass, written while it runs.
+
+The record is a graph of small integers. Node 0 is the input; every operation that reads content makes a node whose
+predecessors are the nodes of what it read. *Content* is a tensor of floating point (or complex) numbers that comes
+from the input: a float input itself, or what integer inputs look up in a parameter. Integers and booleans that come
+from the input (masks, lengths, positions) are no content: what they steer is mixed all the same.
+
+The record watches calls at the level of `torch.*` functions, not of kernels, for there a tensor has an identity. That
+is what tells a layer's output from another reference to the same memory, and a mixing hook replaces the former only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+SOURCE = 0
+"""The node that stands for the whole input of the network."""
+
+
+class _Read(NamedTuple):
+    """A tensor as it was before an operation read it (an operation in place changes all but the first)."""
+
+    tensor: Tensor
+    version: int
+    grad_fn: Any
+    requires_grad: bool
+
+
+class Flow(TorchFunctionMode):
+    """The record of a forward pass. It changes nothing: every operation runs as it would have.
+
+    Attributes:
+        predecessors: For each node the nodes it was computed from. Nodes are numbered in the order of computation, so
+            this is a topological order.
+        weighted: For each node, whether its operation also read a parameter of two or more dimensions.
+        meetings: Nodes at which content that carries a gradient met something derived from the targets, with that
+            content.
+        silent_meetings: The same for content that carries no gradient (metrics, soft labels, the inside of a custom
+            function).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predecessors: list[tuple[int, ...]] = [()]
+        self.weighted: list[bool] = [False]
+        self.meetings: dict[int, tuple[int, ...]] = {}
+        self.silent_meetings: dict[int, tuple[int, ...]] = {}
+        # Content, by the identity of the tensor, with the version its memory had when the node was made.
+        self._nodes: Any = WeakIdKeyDictionary()
+        # The same by grad_fn, to find what went into kernels that are no torch functions (CUDA extensions, Triton).
+        self._behind_grad: dict[Any, tuple[tuple[int, ...], bool]] = {}
+        # By memory: the last content written, parameters (with their number of dimensions), what comes from the
+        # targets, and what comes from the input without being content.
+        self._latest: dict[int, int] = {}
+        self._parameters: dict[int, int] = {}
+        self._targets: set[int] = set()
+        self._steering: set[int] = set()
+        self._state: set[int] = set()
+        # A weak reference keeps the address of a storage from being used again, and not its memory alive.
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def add_input(self, tensor: Tensor) -> int | None:
+        """Make a tensor part of the input; return its node if it is content."""
+        key = self._key(tensor)
+        if not _is_content(tensor):
+            self._steering.add(key)
+            return None
+        self._latest[key] = self._new((SOURCE,), weighted=False)
+        return self._latest[key]
+
+    def add_target(self, tensor: Tensor) -> None:
+        """Make a tensor part of the targets. It may be part of the input too (an autoencoder's)."""
+        self._targets.add(self._key(tensor))
+
+    def add_state(self, parameters: Iterable[Tensor | None], buffers: Iterable[Tensor | None]) -> None:
+        """Make tensors known as a module's own. What is written into them stays out of the record."""
+        for parameter in parameters:
+            if parameter is not None:
+                key = self._key(parameter)
+                self._state.add(key)
+                self._parameters[key] = max(self._parameters.get(key, 1), parameter.ndim)
+        self._state.update(self._key(buffer) for buffer in buffers if buffer is not None)
+
+    def node(self, tensor: Tensor) -> int | None:
+        """Return the node of a tensor, or None if it holds no content."""
+        return self._find(_read(tensor)) if _is_content(tensor) else None
+
+    def mark(self, tensor: Tensor) -> tuple[Tensor, int] | None:
+        """Give a tensor a second identity with a node of its own.
+
+        Returns:
+            The same memory as a tensor that stands for it from here on, and its node; or None if it holds no content.
+        """
+        node = self.node(tensor)
+        if node is None or tensor.layout != torch.strided or tensor.is_nested:
+            return None
+        if not tensor.requires_grad:
+            alias = tensor.detach()
+        elif torch.is_grad_enabled():
+            # A view, which autograd follows through operations in place, where a copy would double the memory.
+            alias = torch.ops.aten.alias.default(tensor)
+        else:
+            return None  # the alias of a tensor that requires a gradient would not, and it may be used later
+        mark = self._new((node,), weighted=False)
+        self._enter(alias, mark)
+        return alias, mark
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        # Tensor subclasses (labels in superposition) would take our own questions for the user's operations.
+        with torch._C.DisableTorchFunctionSubclass():
+            reads = [_read(tensor) for tensor in tensors(_value_arguments(name, args, kwargs))]
+        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            fresh = [t for t in tensors(out) if not any(t is read.tensor for read in reads)]
+            written = [
+                read.tensor
+                for read in reads
+                if _version(read.tensor) != read.version and self._key(read.tensor) not in self._state
+            ]
+            if fresh or written:
+                self._record(reads, [*fresh, *written])
+        return out
+
+    def _record(self, reads: list[_Read], results: list[Tensor]) -> None:
+        content: dict[int, None] = {}
+        carrying: dict[int, None] = {}
+        steered = targeted = False
+        weight = 0
+        for read in reads:
+            key = self._key(read.tensor)
+            if key in self._parameters:
+                # A number computed from weights (a penalty on their norm) is no weight itself.
+                weight = max(weight, self._parameters[key] if read.tensor.ndim else 1)
+            elif _is_content(read.tensor) and (node := self._find(read)) is not None:
+                content[node] = None
+                if read.requires_grad:
+                    carrying[node] = None
+            steered = steered or key in self._steering
+            targeted = targeted or key in self._targets
+        looked_up = steered and weight > 0
+        if not (content or steered or targeted or weight):
+            return
+        node = None
+        for tensor in results:
+            key = self._key(tensor)
+            if not _is_content(tensor):
+                if content or steered:
+                    self._steering.add(key)
+            elif content or looked_up:
+                if node is None:
+                    node = self._new(tuple(content) or (SOURCE,), weighted=weight >= 2)
+                self._enter(tensor, node)
+            elif steered:
+                self._steering.add(key)
+            elif weight:
+                self._parameters[key] = weight
+            if targeted and carrying:
+                self._targets.discard(key)
+            elif targeted:
+                self._targets.add(key)
+        if targeted and node is not None and content:
+            (self.meetings if carrying else self.silent_meetings)[node] = tuple(carrying or content)
+
+    def _new(self, predecessors: Iterable[int], weighted: bool) -> int:
+        self.predecessors.append(tuple(dict.fromkeys(predecessors)))
+        self.weighted.append(weighted)
+        return len(self.predecessors) - 1
+
+    def _enter(self, tensor: Tensor, node: int) -> None:
+        self._nodes[tensor] = node, _version(tensor)
+        self._latest[self._key(tensor)] = node
+        if tensor.grad_fn is not None:
+            self._behind_grad[tensor.grad_fn] = (node,), False
+
+    def _find(self, read: _Read) -> int | None:
+        tensor, version, grad_fn, _ = read
+        key = self._key(tensor)
+        node, seen_version = self._nodes.get(tensor, (None, version))
+        unknown_grad = grad_fn is not None and grad_fn not in self._behind_grad
+        # A tensor made from the targets that has come by a gradient since: what a custom autograd function returned.
+        is_loss = key in self._targets and unknown_grad
+        if node is not None and version == seen_version and not is_loss:
+            return int(node)
+        predecessors = [] if node is None else [node]
+        if (node is None or version != seen_version) and key in self._latest:
+            predecessors.append(self._latest[key])
+        weighted = False
+        if unknown_grad or (node is None and grad_fn is not None):
+            behind, weighted = self._behind(grad_fn)
+            predecessors += behind
+        if not predecessors:
+            return None
+        node = self._new(predecessors, weighted)
+        if is_loss:
+            self.meetings[node] = behind
+            self._targets.discard(key)
+        self._nodes[tensor] = node, version
+        if grad_fn is not None:
+            self._behind_grad[grad_fn] = (node,), False
+        return node
+
+    def _behind(self, grad_fn: Any) -> tuple[tuple[int, ...], bool]:
+        """Find the nearest content that autograd knows behind `grad_fn`, and whether a weight lies before that."""
+        nodes: dict[int, None] = {}
+        weighted = False
+        stack, seen = [grad_fn], set()
+        while stack:
+            function = stack.pop()
+            if function in seen:
+                continue
+            seen.add(function)
+            if function in self._behind_grad:
+                known, heavy = self._behind_grad[function]
+                nodes.update(dict.fromkeys(known))
+                weighted = weighted or heavy
+            elif type(function).__name__ == "AccumulateGrad":
+                leaf = function.variable
+                if self._key(leaf) in self._latest:
+                    nodes[self._latest[self._key(leaf)]] = None
+                else:
+                    weighted = weighted or leaf.ndim >= 2
+            else:
+                stack.extend(following for following, _ in function.next_functions if following is not None)
+        self._behind_grad[grad_fn] = tuple(nodes), weighted
+        return tuple(nodes), weighted
+
+    def _key(self, tensor: Tensor) -> int:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse tensors, and those inside torch.func transforms
+            return -id(tensor)
+        key: int = storage._cdata
+        if key not in self._storages:
+            self._storages[key] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return key
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for branch in tree:
+            yield from tensors(branch)
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from tensors(branch)
+
+
+def _value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Leave out the tensors that an operation asks for their shape or type only."""
+    if name.endswith("_like") or name.startswith("new_"):
+        return ()
+    if name.endswith("_as") or name == "to":
+        return args[:1]
+    return args, kwargs
+
+
+def _is_content(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _read(tensor: Tensor) -> _Read:
+    return _Read(tensor, _version(tensor), tensor.grad_fn, tensor.requires_grad)

@@ -1,0 +1,223 @@
+"""Observing one real forward pass: hooks around every layer, the record of what flows between them, and no trace after.
+
+Whether a layer is eligible is a property of the graph that a forward pass computes. It is read from a pass that happens
+anyway (the first training batch), or from one that `eligible_layers` runs for the purpose and takes back.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction
+
+from lightning_manifold_mixup.layers.cutpoints import Call, Mark, analyse
+from lightning_manifold_mixup.layers.flow import Flow, tensors
+from lightning_manifold_mixup.layers.names import INPUT, named_layers
+from lightning_manifold_mixup.layers.report import LayerReport, make_report
+
+
+class Observation:
+    """What one forward pass showed. Made by `observe`; ask it for a `report` once the pass is over."""
+
+    def __init__(self, root: nn.Module, flow: Flow, batch_size: int, batch_dim: int | None) -> None:
+        self._root = root
+        self._flow = flow
+        self._batch_size = batch_size
+        self._batch_dim = batch_dim
+        self._calls: dict[str, list[Call]] = {}
+        self._order = 0
+
+    def report(self, outputs: Any = None) -> LayerReport:
+        """Analyse what was observed.
+
+        Args:
+            outputs: The network's outputs (tensors, nested in any way), if they are what counts as the end of the
+                network. By default the end is the content that met a target: the logits that the loss received.
+
+        Returns:
+            The report on every layer. Its `sinks_found` is False if no loss used the targets.
+        """
+        ends = None
+        if outputs is not None:
+            with torch._C.DisableTorchFunction():  # they may be of a tensor subclass
+                ends = [node for tensor in tensors(outputs) if (node := self._flow.node(tensor)) is not None]
+        size, dim = self._batch_size, self._batch_dim
+        layers, sinks_found = analyse(self._root, self._calls, self._flow, ends, batch_size=size, batch_dim=dim)
+        model = type(self._root).__name__
+        return make_report(layers, model=model, batch_size=size, batch_dim=dim, sinks_found=sinks_found)
+
+    def _enter_input(self, inputs: Any) -> None:
+        marks, shapes = [], []
+        for tensor in tensors(inputs):
+            node = self._flow.add_input(tensor)
+            if node is not None:
+                marks.append(Mark(node, tuple(tensor.shape)))
+                shapes.append(tuple(tensor.shape))
+        self._calls[INPUT] = [Call(-1, tuple(marks), tuple(shapes), carries_gradient=True)]
+
+    def _around(self, names: list[str]) -> tuple[Any, Any]:
+        """Return the hooks for before and after a module that bears `names`."""
+
+        def before(module: nn.Module, args: Any) -> None:
+            # Here rather than once: sharded parameters (FSDP) are other tensors while the module runs.
+            with torch._C.DisableTorchFunction():
+                self._flow.add_state(module._parameters.values(), module._buffers.values())
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if torch._C._current_graph_task_id() != -1:
+                return None  # a checkpoint recomputing in backward: no new forward pass
+            with torch._C.DisableTorchFunction():
+                leaves, structure = tree_flatten(output)
+                marks, shapes = [], []
+                for index, leaf in enumerate(leaves):
+                    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                        shapes.append(tuple(leaf.shape))
+                        marked = self._flow.mark(leaf)
+                        if marked is not None:
+                            leaves[index], node = marked
+                            marks.append(Mark(node, tuple(leaf.shape)))
+                call = Call(self._order, tuple(marks), tuple(shapes), carries_gradient=is_training_forward())
+            self._order += 1
+            for name in names:
+                self._calls.setdefault(name, []).append(call)
+            return tree_unflatten(leaves, structure) if marks else None
+
+        return before, after
+
+
+@contextmanager
+def observe(
+    root: nn.Module, inputs: Any, targets: Any = None, batch_size: int | None = None, batch_dim: int | None = None
+) -> Iterator[Observation]:
+    """Observe the forward pass that runs inside the `with` block.
+
+    Nothing changes for what runs inside: results and gradients are bitwise the same, no random number is drawn, no
+    buffer touched. Parts compiled by `torch.compile` run eagerly. Hooks and modes are gone afterwards, also after an
+    exception; backward may run inside or later.
+
+    Args:
+        root: The module that layer names are relative to.
+        inputs: The tensors of the batch that enter the network (nested in any way): float tensors, token ids.
+        targets: The tensors of the batch that the loss compares with, as the code inside will hold them. They may share
+            memory with inputs (an autoencoder).
+        batch_size: The number of samples. By default the first size of the first input.
+        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1.
+
+    Yields:
+        The observation, to be asked for its `report()`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        >>> with observe(net, x, y) as seen:
+        ...     loss = nn.functional.cross_entropy(net(x), y)
+        >>> seen.report().eligible
+        ['input', '0', '1']
+    """
+    flow = Flow()
+    flow.add_state(root.parameters(), root.buffers())
+    if batch_size is None:
+        dim = batch_dim or 0
+        batch_size = next((tensor.shape[dim] for tensor in tensors(inputs) if tensor.ndim > dim), 0)
+    observation = Observation(root, flow, batch_size, batch_dim)
+    observation._enter_input(inputs)
+    for target in tensors(targets):
+        flow.add_target(target)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in named_layers(root).items():
+        if not isinstance(module, torch.jit.ScriptModule):  # which take no hooks
+            names.setdefault(module, []).append(name)
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module, own_names in names.items():
+            before, after = observation._around(own_names)
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        stack.enter_context(flow)
+        yield observation
+
+
+def eligible_layers(
+    model: nn.Module, *inputs: Any, batch_size: int | None = None, batch_dim: int | None = None, **kwargs: Any
+) -> LayerReport:
+    """Find the layers of a network at which its whole state can be mixed.
+
+    Runs one forward pass in the mode the model is in, and takes back what it changed: buffers (statistics of batch
+    normalisation), and the states of the random generators.
+
+    Args:
+        model: The network.
+        *inputs: What to call it with: an example batch of at least two samples.
+        batch_size: The number of samples. By default the first size of the first input.
+        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1.
+        **kwargs: Further arguments for the call.
+
+    Returns:
+        A report with a row for every layer, the eligible ones and the default choice.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> report = eligible_layers(net, torch.randn(5, 4))
+        >>> report.eligible
+        ['input', '0', '1', '2', '3']
+        >>> report.default
+        ['input', '1']
+        >>> print(report.refusal("4"))
+        '4' gives the final output: no weights follow it. Valid before it: '3'.
+    """
+    with _restored(model), torch.enable_grad():
+        with observe(model, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
+            outputs = model(*inputs, **kwargs)
+        return seen.report(outputs)
+
+
+def is_training_forward() -> bool:
+    """Whether the forward pass that is running will be back-propagated.
+
+    True if gradients are enabled, and inside a reentrant activation checkpoint, whose forward runs under `no_grad`
+    although backward will compute it again with gradients.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     is_training_forward()
+        False
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.is_inference_mode_enabled():
+        return False
+    checkpoint = CheckpointFunction.forward.__code__
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is checkpoint:
+            # Reentrant checkpoints are differentiated through their tensor arguments alone.
+            return any(tensor.requires_grad for tensor in tensors(frame.f_locals["args"]))
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Undo changes to buffers and to the global random generators."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

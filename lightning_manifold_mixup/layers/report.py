@@ -1,0 +1,271 @@
+"""What a user reads about layers: a table of all of them, and the sentences that refuse one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_manifold_mixup.extras import require
+from lightning_manifold_mixup.layers.choice import default_layers
+from lightning_manifold_mixup.layers.cutpoints import Layer, Verdict
+from lightning_manifold_mixup.layers.names import INPUT, unknown_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADINGS = ("layer", "type", "output", "in S", "eligible")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What was found about one layer.
+
+    Attributes:
+        name: Its name, relative to the observed module; `"input"` for the network's input.
+        type: The name of its class.
+        shapes: The shapes of all float tensors of its output, in the order of the structure.
+        eligible: Whether mixing there mixes the whole state.
+        selected: Whether it is in the default S.
+        verdict: The finding.
+        batch_dims: For each of `shapes`, the dimension that runs over samples (0 or 1), None if none does.
+        batch_dim: The one that they share, None if they share none (an LSTM's output and its last states).
+        ambiguous: Whether dimensions 0 and 1 both have the size of the batch, so that `batch_dim` is a guess.
+        calls: How often it was called in all, teachers' and second forward passes included.
+        live_calls: Which of the calls (counted from 0) lie on the way from the input to the logits.
+        order: Its position among all calls; -1 for the input, None if it was never called.
+        group: Layers of one group return the very same tensor.
+    """
+
+    name: str
+    type: str
+    shapes: tuple[tuple[int, ...], ...]
+    eligible: bool
+    selected: bool
+    verdict: Verdict
+    batch_dims: tuple[int | None, ...]
+    batch_dim: int | None
+    ambiguous: bool
+    calls: int
+    live_calls: tuple[int, ...]
+    order: int | None
+    group: int
+
+    @property
+    def reason(self) -> str:
+        """The finding in a few words."""
+        words = self.verdict.value
+        if self.verdict is Verdict.REPEATED:
+            words = f"called {len(self.live_calls)} times"
+        return f"{words} (ambiguous batch dimension)" if self.ambiguous and self.eligible else words
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The layers of a network, and which of them are eligible for mixing.
+
+    Attributes:
+        rows: One row per layer, the input first, then in the order of `named_modules`.
+        default: The default S, from the input on.
+        model: The name of the observed module's class.
+        batch_size: The number of samples observed.
+        batch_dim: The dimension that was said to run over samples, None if it was told by its size.
+        sinks_found: Whether the end of the network was found; False if no loss used the targets.
+    """
+
+    rows: tuple[LayerRow, ...]
+    default: list[str]
+    model: str
+    batch_size: int
+    batch_dim: int | None
+    sinks_found: bool
+
+    @property
+    def eligible(self) -> list[str]:
+        """The names of the eligible layers."""
+        return [row.name for row in self.rows if row.eligible]
+
+    def row(self, name: str) -> LayerRow:
+        """Return the row of one layer.
+
+        Raises:
+            ValueError: If there is no layer of this name.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise ValueError(unknown_name(name, [row.name for row in self.rows], self.model))
+
+    def refusal(self, name: str) -> str | None:
+        """Say why a layer is refused, and which ones near it are not.
+
+        Args:
+            name: A layer's name.
+
+        Returns:
+            Sentences for an error; None if the layer is eligible.
+        """
+        try:
+            row = self.row(name)
+        except ValueError as error:
+            return str(error)
+        return None if row.eligible else f"{_cause(row, self)}.{_neighbours(row, self)}"
+
+    def advice(self, name: str) -> str | None:
+        """Say what to set if the batch dimension of an eligible layer is a guess; None if it is not."""
+        row = self.row(name)
+        if not (row.eligible and row.ambiguous):
+            return None
+        return (
+            f"The output of {name!r} has shape {_shapes(row)}: dimensions 0 and 1 both have the size of the batch,"
+            f" {self.batch_size}. Dimension {row.batch_dim} is taken to run over samples; set batch_dim=0 or"
+            " batch_dim=1 to say which one does."
+        )
+
+    def as_table(self) -> Table:
+        """Return the rows as a table of the package rich.
+
+        Raises:
+            ModuleNotFoundError: If rich is not installed; the message has the pip command.
+        """
+        table: Table = require("rich.table", "cli").Table(*_HEADINGS, title=f"Layers of {self.model}")
+        for row in self.rows:
+            style = "bold green" if row.selected else None if row.eligible else "dim"
+            table.add_row(*_cells(row), style=style)
+        return table
+
+    def __str__(self) -> str:
+        lines = [_HEADINGS, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def make_report(
+    layers: Sequence[Layer], model: str, batch_size: int, batch_dim: int | None, sinks_found: bool
+) -> LayerReport:
+    """Put the findings in the form that users see.
+
+    Args:
+        layers: All layers, judged, the input first.
+        model: The name of the observed module's class.
+        batch_size: The number of samples observed.
+        batch_dim: The dimension that was said to run over samples.
+        sinks_found: Whether the end of the network was found.
+
+    Returns:
+        The report.
+    """
+    default = default_layers(layers)
+    rows = tuple(_row(layer, selected=layer.name in default) for layer in layers)
+    return LayerReport(rows, default, model, batch_size, batch_dim, sinks_found)
+
+
+def _row(layer: Layer, selected: bool) -> LayerRow:
+    shown = next(iter(layer.live or layer.calls), None)
+    shapes = () if shown is None else shown.shapes
+    dims = set(layer.batch_dims)
+    return LayerRow(
+        name=layer.name,
+        type=INPUT if layer.module is None else type(layer.module).__name__,
+        shapes=shapes,
+        eligible=layer.eligible,
+        selected=selected,
+        verdict=layer.verdict,
+        batch_dims=layer.batch_dims,
+        batch_dim=dims.pop() if len(dims) == 1 else None,
+        ambiguous=layer.ambiguous,
+        calls=len(layer.calls),
+        live_calls=tuple(index for index, call in enumerate(layer.calls) if call in layer.live),
+        order=None if shown is None else shown.order,
+        group=layer.group,
+    )
+
+
+def _cause(row: LayerRow, report: LayerReport) -> str:
+    name = repr(row.name)
+    match row.verdict:
+        case Verdict.BYPASSED:
+            return (
+                f"{name} is bypassed: another path (a skip connection or a parallel branch) leads from the input to the"
+                " loss around its output, so only a part of the state would be mixed"
+            )
+        case Verdict.FINAL:
+            return f"{name} gives the final output: no weights follow it"
+        case Verdict.REPEATED:
+            return (
+                f"{name} is called {len(row.live_calls)} times in one forward pass, so its output is not one single"
+                " state of the network"
+            )
+        case Verdict.UNCALLED:
+            return (
+                f"{name} is never called as a module in the training forward pass (it is a container such as"
+                " ModuleList, or only its parameters are used)"
+            )
+        case Verdict.SCRIPTED:
+            return f"{name} is compiled by TorchScript, which takes no hooks"
+        case Verdict.UNUSED:
+            return f"{name} is called, but the loss does not depend on what it returns"
+        case Verdict.NO_DATA:
+            return f"{name} returns what does not depend on the input, so there is nothing to mix"
+        case Verdict.NO_TENSOR if row.name == INPUT:
+            return f"{name} holds no float tensor, and integers cannot be mixed"
+        case Verdict.NO_TENSOR:
+            return f"{name} returns no float tensor that could be replaced by a mixed one (its type is {row.type})"
+        case Verdict.NO_GRADIENT:
+            return f"{name} runs under torch.no_grad(), outside of the part that is trained"
+        case Verdict.LOOKED_UP:
+            return (
+                f"{name} cannot be mixed as a whole: besides the float tensors, integers enter the network, and what"
+                " they look up would stay unmixed"
+            )
+        case Verdict.UNCLEAR_BATCH:
+            return (
+                f"{name} has no clear batch dimension: its output has shape {_shapes(row)}, so dimension 1 may count"
+                f" the {report.batch_size} samples, or dimension 0 several views of them; set batch_dim to say"
+                " which one does"
+            )
+        case _:
+            dims = "and none of its first two dimensions has"
+            if report.batch_dim is not None:
+                dims = f"whose dimension batch_dim={report.batch_dim} has not"
+            return (
+                f"{name} has no batch dimension: its output has shape {_shapes(row)}, {dims} the size of the batch,"
+                f" {report.batch_size}"
+            )
+
+
+def _neighbours(row: LayerRow, report: LayerReport) -> str:
+    """Name the nearest eligible layers: around the refused one, before it, and after it."""
+    parts = row.name.split(".")
+    parents = {".".join(parts[:end]) for end in range(1, len(parts))}
+    around = [other.name for other in reversed(report.rows) if other.eligible and other.name in parents]
+    text = ""
+    if around:
+        text += f" Nearest valid enclosing module: {', then '.join(map(repr, around))}."
+    inside = (other.order for other in report.rows if other.name.startswith(f"{row.name}."))
+    orders = [order for order in (row.order, *inside) if order is not None]
+    if not orders:
+        return text
+    outermost: dict[int, LayerRow] = {}
+    for other in sorted(report.rows, key=lambda other: other.name.count(".")):
+        if other.eligible and other.name not in parents:
+            outermost.setdefault(other.group, other)
+    known = sorted((other.order, other.name) for other in outermost.values() if other.order is not None)
+    before = [name for order, name in known if order < orders[0]]
+    after = [name for order, name in known if order > orders[0]]
+    if before:
+        text += f" Valid before it: {before[-1]!r}."
+    if after:
+        text += f" Valid after it: {after[0]!r}."
+    return text
+
+
+def _cells(row: LayerRow) -> tuple[str, ...]:
+    finding = f"{'yes' if row.eligible else 'no'}: {row.reason}"
+    return row.name, row.type, _shapes(row), "yes" if row.selected else "", finding
+
+
+def _shapes(row: LayerRow) -> str:
+    return ", ".join(str(shape) for shape in row.shapes)

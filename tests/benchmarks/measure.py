@@ -1,0 +1,77 @@
+"""Times and peaks of memory of things done in turn, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Measure:
+    """How to measure on a device.
+
+    On one CPU thread it is processor time that counts: on a machine shared with others, the wall clock counts their work.
+    """
+
+    device: str = "cpu"
+    seconds: float = 3.0
+
+    def now(self) -> float:
+        """The time, in seconds, when all that was asked of the device is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if self.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+    def medians(self, tasks: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """The median time of each task, all of them in turn for as long as ``seconds``, at least five times."""
+        times: dict[str, list[float]] = {name: [] for name in tasks}
+        end = time.perf_counter() + self.seconds
+        for task in tasks.values():
+            task()
+        while time.perf_counter() < end or len(times[next(iter(tasks))]) < 5:
+            for name, task in tasks.items():
+                start = self.now()
+                task()
+                times[name].append(self.now() - start)
+        return {name: statistics.median(each) for name, each in times.items()}
+
+    @contextmanager
+    def peak(self) -> Iterator[list[int]]:
+        """Appends the largest number of bytes held at a time, beyond those held at the start."""
+        result: list[int] = []
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            yield result
+            result.append(torch.cuda.max_memory_allocated() - before)
+            return
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            yield result
+        events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+        held = largest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            largest = max(largest, held)
+        result.append(largest)
+
+
+@dataclass
+class Section:
+    """A table, and what it says about the targets.
+
+    Attributes:
+        title: of the table.
+        columns: names of the columns.
+        rows: of text.
+        notes: lines below the table.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: str = ""

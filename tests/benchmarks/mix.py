@@ -1,0 +1,78 @@
+"""The mix itself, forward and backward, over a copy of the tensor each way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_manifold_mixup import draw_mix
+
+from .measure import Measure, Section
+
+SHAPES = [(128, 64, 32, 32), (128, 128, 16, 16), (128, 512), (32, 197, 768), (8, 1024, 1024)]
+TARGET, LARGE = 1.5, 1 << 22  # the target is for states of more bytes than this
+
+
+class Copy(torch.autograd.Function):
+    """What the mix is measured against: one copy forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: object, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+def run(measure: Measure) -> Section:
+    section = Section(
+        "The mix: time over that of a copy (forward and backward each)",
+        ["state", "dtype", "layout", "forward", "backward", "lam*h+(1-lam)*h[p]", "target"],
+        [],
+        "The two right of the mix's own: forward and backward of the formula as it stands, over a copy each way.\n"
+        "Limit of the memory: 1.33 (two reads, one write) where a partner is not in the cache.",
+    )
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            h = torch.randn(shape, device=measure.device).to(dtype)
+            section.rows.append(row(measure, h, "contiguous", 0))
+    image = torch.randn(SHAPES[0], device=measure.device)
+    section.rows.append(row(measure, image.to(memory_format=torch.channels_last), "channels_last", 0))
+    section.rows.append(row(measure, image.transpose(2, 3), "transposed", 0))
+    section.rows.append(row(measure, torch.randn(128, 64, 32, 64, device=measure.device)[..., ::2], "every 2nd", 0))
+    section.rows.append(row(measure, torch.randn(197, 32, 768, device=measure.device), "batch dim 1", 1))
+    return section
+
+
+def row(measure: Measure, h: Tensor, layout: str, dim: int) -> list[str]:
+    mix = draw_mix(h.shape[dim], generator=torch.Generator().manual_seed(0)).to(h.device)
+    h = h.detach().requires_grad_()
+    lam = mix.lam.to(h.dtype)
+    copied, mixed = Copy.apply(h), mix(h, dim)
+    naive = lam * h + (1 - lam) * h.index_select(dim, mix.permutation)
+    gradient = torch.empty_like(mixed).copy_(mixed.detach())
+
+    def backward(output: Tensor) -> None:
+        torch.autograd.grad(output, h, gradient, retain_graph=True)
+
+    times = measure.medians(
+        {
+            "copy": lambda: Copy.apply(h),
+            "mix": lambda: mix(h, dim),
+            "naive": lambda: lam * h + (1 - lam) * h.index_select(dim, mix.permutation),
+            "copy back": lambda: backward(copied),
+            "mix back": lambda: backward(mixed),
+            "naive back": lambda: backward(naive),
+        }
+    )
+    naive_ratio = (times["naive"] + times["naive back"]) / (times["copy"] + times["copy back"])
+    return [
+        "x".join(map(str, h.shape)),
+        str(h.dtype).removeprefix("torch."),
+        layout,
+        f"{times['mix'] / times['copy']:.2f}",
+        f"{times['mix back'] / times['copy back']:.2f}",
+        f"{naive_ratio:.2f}",
+        f"{TARGET}" if h.nbytes > LARGE else "-",
+    ]

@@ -1,0 +1,246 @@
+"""A training step with the callback, and the way others do it, over one without, through Lightning's Trainer."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import lightning as L
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_manifold_mixup import ManifoldMixupCallback, draw_mix
+from lightning_manifold_mixup.models import MLP, preact_resnet18
+
+from .measure import Measure, Section
+
+warnings.filterwarnings("ignore", module="lightning")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class Repeated(IterableDataset[Any]):
+    """One batch, again and again: no time goes into data."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, times: int) -> None:
+        self.batch, self.times = (torch.randn(shape), torch.randint(classes, (shape[0],))), times
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch] * self.times)
+
+
+class Classifier(L.LightningModule):
+    """As a user writes it."""
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.model(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9)
+
+
+class OneHot(Classifier):
+    """One-hot labels made on the host, the state mixed by two multiplications, a loss of soft labels."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        mix = draw_mix(len(x))
+        lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
+        handle = self.get_submodule(self.layer).register_forward_hook(
+            lambda module, args, h: lam * h + (1 - lam) * h[permutation]
+        )
+        logits = self.model(x)
+        handle.remove()
+        labels = F.one_hot(y.cpu(), logits.shape[1]).float()
+        target = (lam * labels + (1 - lam) * labels[permutation.cpu()]).to(x.device)
+        return -(target * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+class Rebound(Classifier):
+    """The layer's ``forward`` replaced for the step, the loss of both labellings."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        mix = draw_mix(len(x))
+        lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
+        layer = self.get_submodule(self.layer)
+        original = layer.forward
+
+        def forward(*args: Any) -> Tensor:
+            h: Tensor = original(*args)
+            return lam * h + (1 - lam) * h[permutation]
+
+        layer.forward = forward
+        logits = self.model(x)
+        del layer.forward
+        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+
+
+class TwoForwards(Classifier):
+    """The partners have a forward pass of their own, up to the layer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        mix = draw_mix(len(x))
+        lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, h: Tensor) -> None:
+            kept.append(h)
+            raise StopIteration
+
+        layer = self.get_submodule(self.layer)
+        handle = layer.register_forward_hook(keep)
+        try:
+            self.model(x[permutation])
+        except StopIteration:
+            handle.remove()
+        handle = layer.register_forward_hook(lambda module, args, h: lam * h + (1 - lam) * kept[0])
+        logits = self.model(x)
+        handle.remove()
+        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+
+
+class PerSample(Classifier):
+    """A lam for each sample, and ``torch.lerp``."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        permutation = torch.randperm(len(x), device=x.device)
+        lam = torch.rand(len(x), device=x.device)
+        handle = self.get_submodule(self.layer).register_forward_hook(
+            lambda module, args, h: torch.lerp(h[permutation], h, lam.view(-1, *[1] * (h.ndim - 1)))
+        )
+        logits = self.model(x)
+        handle.remove()
+        losses = (F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[permutation]))
+        first, second = losses
+        return torch.lerp(second, first, lam).mean()
+
+
+class Spy(L.Callback):
+    """Times the steps, the first ones aside; or takes the peak of memory of the last."""
+
+    def __init__(self, measure: Measure, steps: int, memory: bool = False) -> None:
+        self.measure, self.steps, self.memory = measure, steps, memory
+        self.times: list[float] = []
+        self.peak = 0
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        now = self.measure.now()
+        if batch_idx > WARM_UP and not self.memory:
+            self.times.append(now - self._start)
+        if self.memory and batch_idx == self.steps - 1:
+            self._peak = self.measure.peak()
+            self._result = self._peak.__enter__()
+        self._start = self.measure.now()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        if self.memory:
+            self._peak.__exit__(None, None, None)
+            self.peak = self._result[0]
+
+
+WARM_UP = 2
+
+
+def fit(measure: Measure, module: Classifier, shape: tuple[int, ...], classes: int, steps: int, **kwargs: Any) -> Spy:
+    """Some steps of training; kwargs are `memory`, `callbacks` and of the Trainer."""
+    spy = Spy(measure, steps, kwargs.pop("memory", False))
+    options: dict[str, Any] = {"accelerator": "gpu" if measure.device == "cuda" else "cpu", "devices": 1} | kwargs
+    trainer = L.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options | {"callbacks": [spy, *kwargs.get("callbacks", [])]},
+    )
+    trainer.fit(module, DataLoader(Repeated(shape, classes, steps), batch_size=None))
+    return spy
+
+
+Method = tuple[type[Classifier], Callable[[str], list[L.Callback]]]
+
+PLAIN: dict[str, Method] = {"without": (Classifier, lambda layer: [])}
+OURS: dict[str, Method] = {
+    "callback": (Classifier, lambda layer: [ManifoldMixupCallback(alpha=1.0, layers=[layer], seed=0)])
+}
+PEERS: dict[str, Method] = {
+    "one-hot on the host, two products": (OneHot, lambda layer: []),
+    "forward rebound": (Rebound, lambda layer: []),
+    "two forwards": (TwoForwards, lambda layer: []),
+    "lam per sample, lerp": (PerSample, lambda layer: []),
+}
+
+
+def networks(measure: Measure, quick: bool) -> Iterator[tuple[str, nn.Module, str, tuple[int, ...], int, int, float]]:
+    """Name, network, layer, input, classes, steps of a fit, target."""
+    small = measure.device == "cpu"  # what two cores do in minutes; the batches of the issue elsewhere
+    yield "MLP 3x512", MLP(784, 10, (512, 512, 512)), "model.layer1", (512, 784), 10, 60, 1.15
+    width = 16 if quick else 64
+    net = preact_resnet18(10, initial_channels=width)
+    yield f"PreActResNet18, width {width}", net, "model.layer1", (128, 3, 32, 32), 10, 6 if small else 60, 1.01
+    vit = timm.create_model("vit_small_patch16_224", num_classes=1000)
+    n = 4 if small else 128
+    yield f"ViT-S/16, batch {n}", vit, "model.blocks.2", (n, 3, 224, 224), 1000, 6 if small else 60, 1.01
+
+
+def run(measure: Measure, rounds: int = 3, quick: bool = False) -> Section:
+    section = Section(
+        "The step: with mixing at a layer over without, through the Trainer; and the same as others write it",
+        ["network", "method", "time", "target", "peak MB", "beyond plain, in outputs of the layer"],
+        [],
+        "Fits in turn, medians of all steps. Memory of one step, beyond weights and batch; target: at most 1 output more.",
+    )
+    for name, net, layer, shape, classes, steps, target in networks(measure, quick):
+        methods = PLAIN | OURS | PEERS
+        fits = {
+            method: partial(fit, measure, kind(net, layer), shape, classes) for method, (kind, _) in methods.items()
+        }
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        for _ in range(rounds):
+            for method, (_, callbacks) in methods.items():
+                times[method] += fits[method](steps, callbacks=callbacks(layer)).times
+        peaks = {
+            method: fits[method](WARM_UP + 2, callbacks=callbacks(layer), memory=True).peak
+            for method, (_, callbacks) in methods.items()
+        }
+        output = size_of_output(net, layer, shape)
+        plain = statistics.median(times["without"])
+        for method, each in times.items():
+            section.rows.append(
+                [
+                    name if method == "without" else "",
+                    method,
+                    f"{statistics.median(each) / plain:.3f}",
+                    f"{target}" if method == "callback" else "",
+                    f"{peaks[method] / 2**20:.1f}",
+                    f"{(peaks[method] - peaks['without']) / output:+.2f}",
+                ]
+            )
+    return section
+
+
+def size_of_output(net: nn.Module, layer: str, shape: tuple[int, ...]) -> int:
+    """Bytes of what the layer puts out for a batch."""
+    sizes: list[int] = []
+    handle = net.get_submodule(layer.removeprefix("model.")).register_forward_hook(
+        lambda module, args, h: sizes.append(h.nbytes)
+    )
+    with torch.no_grad():
+        net.cpu()(torch.zeros(shape))
+    handle.remove()
+    return sizes[0]

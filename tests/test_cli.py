@@ -1,0 +1,295 @@
+"""The command line, run as its users run it where that matters, and in this process for the rest."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+from lightning_manifold_mixup import cli, recipes
+from lightning_manifold_mixup.cli import main
+
+# Lightning calls functions of jsonargparse that its latest versions deprecate
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+MANIFOLD_MIXUP = [sys.executable, "-m", "lightning_manifold_mixup"]
+TINY = ["--trainer.max_epochs=1", "--model.init_args.model.init_args.initial_channels=2"]
+
+
+def run(args: list[str], folder: Path, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(args, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def test_fit_without_config_trains_tests_and_prints_one_table(tmp_path) -> None:
+    done = run([*MANIFOLD_MIXUP, "fit", "--trainer.max_epochs=2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout + done.stderr
+    assert "Epoch 1/1" in output  # the progress bar
+    assert output.count("┏") == 1
+    for line in ("test error", "negative log likelihood", "expected calibration error"):
+        assert line in done.stdout
+    assert "warn" not in output.lower(), output
+    assert "Consider" not in output
+    assert "Tip" not in output
+    metrics = list(
+        csv.DictReader((tmp_path / "manifold_mixup_runs/csv/version_0/metrics.csv").read_text().splitlines())
+    )
+    error = next(float(row["test/error"]) for row in metrics if row.get("test/error"))
+    assert f"{100 * error:.2f} %" in done.stdout
+    assert list(tmp_path.glob("manifold_mixup_runs/tensorboard/*/events*"))
+    config = yaml.safe_load((tmp_path / "manifold_mixup_runs/csv/version_0/config.yaml").read_text())
+    assert config["model"]["init_args"]["layers"] == ["input", "model.layer1", "model.layer2"]
+    assert config["seed_everything"] == 0
+
+
+def test_the_callback_in_somebody_elses_cli(tmp_path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        """
+import torch, torch.nn.functional as F
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(LightningModule):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU())
+        self.head = torch.nn.Linear(width, 3)
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.head(self.body(x)), y)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+    def on_train_end(self):
+        (callback,) = [c for c in self.trainer.callbacks if type(c).__name__ == "ManifoldMixupCallback"]
+        print("ALPHA", type(callback.alpha).__name__, callback.alpha(0), callback.alpha(10), callback.alpha(99))
+        print("LOGGED", sorted(k for k in self.trainer.logged_metrics if k.startswith("manifold")))
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(20, 4), torch.arange(20) % 3), batch_size=10)
+
+LightningCLI(Net, Data)
+"""
+    )
+    (tmp_path / "theirs.yaml").write_text(
+        """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning_manifold_mixup.ManifoldMixupCallback
+      init_args:
+        alpha: {start: 0.2, end: 2.0, epochs: 20}
+        layers: [input, body]
+        log_mixing: true
+model: {width: 5}
+"""
+    )
+    done = run([sys.executable, "theirs.py", "fit", "--config", "theirs.yaml"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ALPHA AlphaSchedule 0.2 1.1 2.0" in done.stdout
+    assert "manifold_mixup/lam" in done.stdout
+
+
+def test_ctrl_c_ends_cleanly(tmp_path) -> None:
+    process = subprocess.Popen(
+        [*MANIFOLD_MIXUP, "fit", "--trainer.max_epochs=10000", "--model.init_args.lr_scheduler=null"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = tmp_path / "manifold_mixup_runs/csv/version_0/metrics.csv"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in output
+    assert "test error" not in output
+
+
+# ------------------------------------------------------------------------------------------------------ in this process
+
+
+def test_help_lists_every_command(capsys) -> None:
+    main([])
+    out = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == out
+    for command in ("fit", "validate", "test", "predict", "compare", "layers", "recipes"):
+        assert len(re.findall(rf"^  {command} +\w", out, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fti"], "did you mean fit?"),
+        (["fit", "--config=digit"], "did you mean digits?"),
+        (["fit", "--model=Nope"], "There is no class 'Nope' (model.class_path)"),
+        (
+            ["fit", "--data.class_path=no.where.Data", "--model=ManifoldMixupModule"],
+            "There is no class 'no.where.Data'",
+        ),
+        (["fit", "--trainer.nope=3"], "--trainer.nope"),
+        (["fit", "--model.init_args.alpha=-1", *TINY], "got -1.0"),
+        (["fit", "--model.init_args.layers=[model.layer9]", *TINY], "Did you mean 'model.layer4'"),
+        (["fit", "--config=cifar10_small", "--data.init_args.data_dir=nowhere"], "nowhere/train. Set data_dir"),
+        (["layers", "--model.class_path=torchvision.models.resnet5"], "torchvision.models.resnet5"),
+        (["layers", "--input_shape=3x3"], "such as 3,32,32"),
+    ],
+)
+def test_bad_usage_is_said_shortly(args, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert len([line for line in printed.splitlines() if "Seed" not in line and "available" not in line]) < 12
+
+
+def test_the_traceback_can_be_had(monkeypatch) -> None:
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(FileNotFoundError):
+        main(["fit", "--config=digit"])
+
+
+def test_errors_of_the_users_code_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), cli.short_errors():
+        1 / 0  # noqa: B018
+    with pytest.raises(ValueError, match="literal"), cli.short_errors():
+        int("x")
+
+
+def test_print_config_can_be_run(capsys, tmp_path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=cifar10-wrn28_10-manifold", "--print_config"])
+    assert not stop.value.code
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["init_args"]["layers"] == ["input", "model.layer1"]
+    assert config["trainer"]["max_epochs"] == 400
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=digits", *TINY, "--trainer.logger=false", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    main(["fit", "--config=printed.yaml"])
+    assert "test error" in capsys.readouterr().out
+
+
+def test_validate_test_and_predict(capsys, tmp_path) -> None:
+    common = [*TINY, "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    common.append("--trainer.enable_checkpointing=true")
+    main(["fit", *common, "--trainer.max_steps=3"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    fitted = capsys.readouterr().out
+    main(["test", *common, f"--ckpt_path={checkpoint}"])
+    error = re.search(r"test error +│ +([\d.]+) %", fitted)
+    logged = re.search(r"test/error\s+│\s+([\d.]+)", capsys.readouterr().out)
+    assert float(logged[1]) == pytest.approx(float(error[1]) / 100, abs=1e-4)
+    main(["validate", *common, "--data.init_args.val_size=100", f"--ckpt_path={checkpoint}"])
+    assert "val/nll" in capsys.readouterr().out
+    main(["predict", *common, f"--ckpt_path={checkpoint}"])
+
+
+class Data(LightningDataModule):
+    """Says what it has in `__init__`, as most do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = 7
+
+
+class Wanting(LightningModule):
+    def __init__(self, num_classes: int, hidden: int = 3) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        ({"class_path": f"{__name__}.Wanting"}, Data, [("num_classes", "model.init_args.num_classes")]),
+        ({"class_path": f"{__name__}.Wanting", "init_args": {"num_classes": 5}}, Data, []),  # said already
+        ({"class_path": f"{__name__}.Wanting"}, BoringDataModule, []),  # not known
+        ({"class_path": f"{__name__}.BoringModel"}, Data, []),  # not wanted
+        (  # a function in place of a class has to be told
+            {
+                "class_path": "lightning_manifold_mixup.ManifoldMixupModule",
+                "init_args": {"model": {"class_path": "torchvision.models.resnet18"}},
+            },
+            Data,
+            [("num_classes", "model.init_args.num_classes")],
+        ),
+    ],
+)
+def test_only_what_is_wanted_known_and_unsaid_is_linked(model, data, expected) -> None:
+    config = {"model": model, "data": {"class_path": f"{__name__}.{data.__name__}"}}
+    assert cli.links(config) == expected
+
+
+def test_the_data_tells_the_model_its_sizes() -> None:
+    made = cli.ManifoldMixupCLI(["--config=digits", "--trainer.logger=false"], run=False)
+    assert made.model.model.conv1.in_channels == 1
+    assert made.model.model.linear.out_features == 10
+    flat = ["--data.init_args.flatten=true", "--model.init_args.model=lightning_manifold_mixup.models.MLP"]
+    layers = ["--model.init_args.layers=auto", "--trainer.logger=false"]
+    made = cli.ManifoldMixupCLI(["--config=digits", *flat, *layers], run=False)
+    assert made.model(torch.zeros(2, 64)).shape == (2, 10)
+
+
+def test_any_module_and_any_data(capsys) -> None:
+    boring = "lightning.pytorch.demos.boring_classes."
+    args = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    main(["fit", f"--model={boring}BoringModel", f"--data={boring}BoringDataModule", *args])
+    assert "after the last epoch" not in capsys.readouterr().out  # it logs nothing in testing
+    assert issubclass(BoringModel, LightningModule)
+
+
+def test_layers_of_a_recipe_and_of_any_network(capsys) -> None:
+    main(["layers", "--config=digits"])
+    out = capsys.readouterr().out
+    assert re.search(r"model\.layer2 +│ Sequential +│ \(5, 32, 4, 4\) +│ yes +│ yes", out)
+    assert re.search(r"model\.layer1\.0\.conv1 .*│ no: bypassed", out)
+    assert "layers='auto' mixes at: input, model.layer1, model.layer2" in out
+    assert "test_metrics" not in out
+    main(
+        [
+            "layers",
+            "--model.class_path=torchvision.models.resnet18",
+            "--model.init_args.num_classes=7",
+            "--input_shape=3,48,48",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert re.search(r"fc +│ Linear +│ \(5, 7\)", out)
+    assert "mixes at: input, layer1, layer2" in out
+
+
+def test_recipes_are_found_from_any_folder(tmp_path) -> None:
+    assert not (tmp_path / "digits.yaml").exists()
+    (tmp_path / "digits").write_text("trainer: {max_epochs: 3}")  # a file comes before a recipe of its name
+    assert recipes.layers_of("digits") == [Path("digits")]
+    assert recipes.layers_of("digits.yaml")[0].parent == Path(recipes.__file__).parent

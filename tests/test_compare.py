@@ -1,0 +1,183 @@
+"""`manifold-mixup compare`: the methods differ in mixing alone, finished runs stay, numbers are those of the runs."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_manifold_mixup.cli import main
+from lightning_manifold_mixup.commands import compare
+
+# Lightning calls functions of jsonargparse that its latest versions deprecate
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+TINY = [
+    "--trainer.max_epochs=1",
+    "--model.init_args.model.init_args.initial_channels=2",
+    "--trainer.limit_train_batches=2",
+]
+
+
+class Spy(Callback):
+    """Records the initial weights, the first batch, and what reaches the first layer."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == 0:
+            self.batch = [part.clone() for part in batch]
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.trained = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_same_weights_and_same_first_batch(monkeypatch, tmp_path) -> None:
+    spies = {}
+    make = compare.Prepared.make
+    for method in compare.LABELS:
+        spy = spies[method] = Spy()
+
+        def make_and_watch(cli, spy=spy) -> None:
+            make(cli)
+            cli.trainer.callbacks.append(spy)
+
+        monkeypatch.setattr(compare.Prepared, "make", make_and_watch)
+        main(["compare", "--seeds=3", f"--methods={method}", f"--out={tmp_path}", *TINY])
+    none = spies["none"]
+    for method in ("input", "manifold"):
+        other = spies[method]
+        assert all(torch.equal(none.weights[k], other.weights[k]) for k in none.weights)
+        assert all(torch.equal(a, b) for a, b in zip(none.batch, other.batch, strict=True))
+        assert any(not torch.equal(none.trained[k], other.trained[k]) for k in none.trained)
+
+
+def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
+    command = ["compare", "--seeds=0,1", "--methods=none,manifold", f"--out={tmp_path}", *TINY]
+    trained = []
+    train = compare.train
+
+    def failing_train(cli, folder):
+        trained.append(folder.name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train(cli, folder)
+
+    monkeypatch.setattr(compare, "train", failing_train)
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 130
+    assert "2 of 4 runs are done" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
+    assert (tmp_path / "compare.csv").is_file()  # of what there is
+    main(command)
+    assert len(trained) == 5  # the third again, and the fourth
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/result.json")}
+    assert len(before) == 4
+    main(command)
+    assert len(trained) == 5
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert capsys.readouterr().out.count("done before") == 2 + 4
+    assert not list(tmp_path.rglob("*.partial"))
+
+    results = [json.loads(file.read_text()) for file in before]
+    with (tmp_path / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["no mixup", "Manifold Mixup"]
+    for row, method in zip(rows, ["none", "manifold"], strict=True):
+        errors = [100 * r["metrics"]["last epoch"]["test/error"] for r in results if r["method"] == method]
+        assert float(row["error %"]) == pytest.approx(statistics.mean(errors))
+        assert float(row["error % std"]) == pytest.approx(statistics.stdev(errors))
+        assert row["tested after"] == "last epoch"
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == 4
+
+    main([*command, "--trainer.max_epochs=2"])  # other numbers: not the same runs
+    assert len(trained) == 9
+
+
+def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("trainer: {max_epochs: 2}\ndata: {init_args: {val_size: 100}}\n")
+    configs = ["--config=digits", f"--config=digits+{other}"]
+    main(["compare", *configs, "--seeds=0", "--methods=input", "--out=out", *TINY[1:], "--trainer.max_epochs=2"])
+    printed = capsys.readouterr().out
+    assert "best val epoch" in printed
+    runs = json.loads(Path("out/compare.json").read_text())["runs"]
+    assert [run["recipe"] for run in runs] == ["digits", "digits+other"]
+    assert [run["best_epoch"] is None for run in runs] == [True, False]
+    validation = [epoch["val/error"] for epoch in runs[1]["validation"]]
+    assert len(validation) == 2
+    assert runs[1]["best_epoch"] == validation.index(min(validation))
+    if runs[1]["best_epoch"] == 1:
+        assert runs[1]["metrics"]["best val epoch"] == pytest.approx(runs[1]["metrics"]["last epoch"])
+
+
+def test_the_last_weights_give_the_last_number(tmp_path) -> None:
+    main(["compare", "--seeds=0", "--methods=manifold", f"--out={tmp_path}", *TINY])
+    (folder,) = (tmp_path / "runs").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    cli = compare.Prepared(["--config", str(folder / "config.yaml")], run=False)
+    cli.config.trainer.logger = False
+    cli.make()
+    cli.model.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+    cli.model.eval()
+    (x, y), (x2, y2) = list(cli.datamodule.test_dataloader())
+    x, y = torch.cat([x, x2]), torch.cat([y, y2])
+    with torch.no_grad():
+        wrong = (cli.model(x).argmax(1) != y).float().mean().item()
+    assert result["metrics"]["last epoch"]["test/error"] == pytest.approx(wrong, abs=1e-6)
+
+
+def test_methods_of_a_callback_in_the_yaml(tmp_path) -> None:
+    file = tmp_path / "callback.yaml"
+    file.write_text(
+        "model: {init_args: {alpha: 0.0}}\n"
+        "trainer:\n  callbacks:\n    - class_path: lightning_manifold_mixup.ManifoldMixupCallback\n"
+        "      init_args: {alpha: 3.0, layers: [model.layer1]}\n"
+    )
+    found = {}
+    for method in compare.LABELS:
+        config = compare.Run(f"digits+{file}", method, 0, (), tmp_path).prepare().config
+        arguments = config.trainer.callbacks[0].init_args
+        found[method] = (arguments.alpha, arguments.layers)
+    assert found == {"none": (0, ["model.layer1"]), "input": (1, ["input"]), "manifold": (3, ["model.layer1"])}
+
+
+def test_rows_bring_their_own_methods(tmp_path) -> None:
+    alphas = {
+        method: compare.Run("tinyimagenet-preactresnet18-manifold", method, 0, (), tmp_path)
+        .prepare()
+        .config.model.init_args
+        for method in compare.LABELS
+    }
+    assert {method: arguments.alpha for method, arguments in alphas.items()} == {
+        "none": 0,
+        "input": 0.2,
+        "manifold": 0.2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--methods=none,cutmix"], "Expected --methods among"),
+        (["--seeds=a"], "Expected --seeds to be numbers"),
+        (["--model.init_args.alpha=0"], "has no Manifold Mixup"),
+        (["--config=digit"], "did you mean digits"),
+    ],
+)
+def test_bad_usage(args, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *args])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

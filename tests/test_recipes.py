@@ -1,0 +1,150 @@
+"""The paper's rows against the numbers of its text and its public code, typed in again."""
+
+import pytest
+import torch
+import yaml
+
+from lightning_manifold_mixup import ManifoldMixupCallback, recipes
+from lightning_manifold_mixup.commands import recipes as command
+from lightning_manifold_mixup.commands.compare import Prepared
+
+# Lightning calls functions of jsonargparse that its latest versions deprecate
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+PARN_S = ["input", "model.layer1", "model.layer2"]
+WRN_S = ["input", "model.layer1"]
+PARAMETERS = {"preactresnet18": 11.17e6, "preactresnet34": 21.28e6, "wrn28_10": 36.5e6}
+CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "tinyimagenet": 200}
+
+
+def schedule(data: str, network: str, code: bool) -> tuple[int, list[int]]:
+    if data == "tinyimagenet":
+        return 2000, [1000, 1500]
+    if network == "wrn28_10":
+        return 400, [200, 300]
+    return (2000, [500, 1000, 1500]) if code else (1200, [400, 800])
+
+
+def test_rows() -> None:
+    rows = recipes.row_names()
+    assert len(rows) == len(set(rows)) == 3 * 3 * 3 + 3
+    assert set(command.PUBLISHED) | set(command.PUBLISHED_TOP) == {tuple(row.split("-")[:2]) for row in rows}
+
+
+@pytest.mark.parametrize("row", [row + code for row in recipes.row_names() for code in ("", "-code")])
+def test_values_of_a_row(row: str) -> None:
+    data, network, method, *rest = row.split("-")
+    code = bool(rest)
+    config = recipes.read(recipes.layers_of(row))
+    model = config["model"]["init_args"]
+    epochs, milestones = schedule(data, network, code)
+    assert config["trainer"]["max_epochs"] == epochs
+    assert model["lr_scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
+    sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+    assert model["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": sgd}
+    assert model["loss"] == ("bce" if code else "cross_entropy")
+    assert config["data"]["init_args"]["batch_size"] == 100
+    tiny = data == "tinyimagenet"
+    alpha = {"none": 0, "input": 0.2 if tiny else 1, "manifold": 0.2 if tiny else 2}[method]
+    assert model["alpha"] == alpha
+    if method == "input":
+        assert model["layers"] == ["input"]
+    if method == "manifold":
+        assert model["layers"] == (WRN_S if network == "wrn28_10" and not code else PARN_S)
+
+
+# One network and one data set at a time change: together these rows go through every file.
+@pytest.mark.parametrize(
+    "row",
+    [
+        "cifar10-preactresnet18-manifold",
+        "cifar100-preactresnet34-input",
+        "svhn-wrn28_10-manifold-code",
+        "tinyimagenet-preactresnet18-none",
+        pytest.param("all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_becomes_a_model(row: str) -> None:
+    for name in recipes.row_names() if row == "all" else [row]:
+        _check_model(name)
+
+
+def _check_model(row: str) -> None:
+    data, network, method, *_ = row.split("-")
+    cli = Prepared(["--config", row], run=False)
+    cli.config.trainer.accelerator = "cpu"
+    cli.config.trainer.logger = False
+    cli.make()
+    values = recipes.read(recipes.layers_of(row))["model"]["init_args"]
+    parameters = sum(p.numel() for p in cli.model.model.parameters())
+    head = cli.model.model.linear
+    assert head.out_features == CLASSES[data]
+    extra = (CLASSES[data] - 10) * (head.in_features + 1)
+    assert parameters - extra == pytest.approx(PARAMETERS[network], rel=2e-3)
+    assert cli.model.soft_label_loss_name == values["loss"]
+    assert cli.model.model.conv1.stride == ((2, 2) if data == "tinyimagenet" else (1, 1))
+    cli.model.trainer = cli.trainer
+    callbacks = cli.model.configure_callbacks()
+    if method == "none":
+        assert callbacks == []
+    else:
+        (callback,) = callbacks
+        assert isinstance(callback, ManifoldMixupCallback)
+        assert (callback.alpha, callback.layers) == (values["alpha"], values["layers"])
+    configured = cli.model.configure_optimizers()
+    assert isinstance(configured["optimizer"], torch.optim.SGD)
+    assert configured["optimizer"].defaults["nesterov"]
+    assert dict(configured["lr_scheduler"]["scheduler"].milestones) == dict.fromkeys(
+        values["lr_scheduler"]["init_args"]["milestones"], 1
+    )
+    assert configured["lr_scheduler"]["interval"] == "epoch"
+    assert cli.datamodule.batch_size == 100
+    assert cli.datamodule.val_size == "test"
+
+
+def test_the_files_of_a_row_are_all_used() -> None:
+    used = {path for row in recipes.row_names() for code in ("", "-code") for path in recipes.layers_of(row + code)}
+    assert used == set(recipes.layers_of("digits")[0].parent.glob("paper/*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_small", "cifar10_small-5000"])
+def test_the_one_cycle_ends_with_the_last_epoch(name: str) -> None:
+    config = recipes.read(recipes.layers_of(name))
+    data = config["data"]["init_args"]
+    images = 1000 if name == "digits" else 10 * data["labels_per_class"]
+    steps = config["trainer"]["max_epochs"] * images // data["batch_size"]
+    assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == steps
+
+
+def test_layers_by_plus_and_by_file(tmp_path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"trainer": {"max_epochs": 7}, "data": {"init_args": {"batch_size": 9}}}))
+    config = recipes.read(recipes.layers_of(f"digits+{own}"))
+    assert config["trainer"]["max_epochs"] == 7
+    assert config["data"]["init_args"] == {"batch_size": 9, "seed": 0}
+    cli = Prepared(["--config", f"digits+{own}"], run=False)
+    assert cli.config.data.init_args.batch_size == 9
+
+
+def test_an_unknown_recipe_has_near_misses() -> None:
+    with pytest.raises(FileNotFoundError, match="did you mean cifar10-preactresnet18-manifold"):
+        recipes.layers_of("cifar10-preactresnet18-manifol")
+
+
+def test_list_and_show(capsys) -> None:
+    command.main([])
+    printed = capsys.readouterr().out
+    for text in (
+        "cifar100-wrn28_10-manifold",
+        "18.04",
+        "0.809",
+        "44.48 (top 5: 28.96)",
+        "digits",
+        "--trainer.devices 8",
+    ):
+        assert text in printed
+    command.main(["show", "cifar10-preactresnet18-manifold"])
+    shown = capsys.readouterr().out
+    assert shown.index("common.yaml") < shown.index("cifar10.yaml") < shown.index("manifold.yaml")
+    with pytest.raises(SystemExit):
+        command.main(["show"])
