@@ -25,8 +25,8 @@ def find(batch: Any, role: str, key: Key | None) -> Key:
         batch: what the dataloader gives: a list, tuple, named tuple, dataclass, mapping, or an object with attributes.
         role: ``"input"`` or ``"target"``.
         key: what the user said: an index, a name, or names and indices joined by dots for a nested batch
-            (``"labelled.1"``). None finds it: in a pair the first is the input, the second the target; otherwise it goes
-            by the usual names.
+            (``"labelled.1"``). None finds it: in a pair the first is the input, the second the target; otherwise it
+            goes by the usual names.
 
     Raises:
         ValueError: where it cannot tell, or where ``key`` is not in the batch. The message shows the batch.
@@ -74,7 +74,9 @@ def replaced(batch: Any, key: Key, value: Any) -> Any:
     if rest:
         value = replaced(_item(batch, part), ".".join(map(str, rest)), value)
     if hasattr(batch, "_fields"):
-        return batch._replace(**{part: value}) if isinstance(part, str) else type(batch)(*_substituted(batch, part, value))
+        return (
+            batch._replace(**{part: value}) if isinstance(part, str) else type(batch)(*_substituted(batch, part, value))
+        )
     if isinstance(batch, tuple):
         return type(batch)(_substituted(batch, part, value))
     new = copy.copy(batch)
@@ -134,7 +136,9 @@ def _path(key: Key) -> list[Key]:
 
 
 def _keys(batch: Any) -> Iterator[Key]:
-    if hasattr(batch, "_fields"):
+    if type(batch) in (list, tuple):  # nearly every batch; the abstract classes below are slow to ask
+        yield from range(len(batch))
+    elif hasattr(batch, "_fields"):
         yield from batch._fields
     elif dataclasses.is_dataclass(batch):
         yield from (field.name for field in dataclasses.fields(batch))

@@ -50,30 +50,33 @@ class AlphaSchedule:
             raise ValueError(f"Expected a schedule of at least one epoch, got epochs={self.epochs}.")
 
     def __call__(self, epoch: int) -> float:
+        """Alpha in an epoch, counted from 0."""
         return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
 
 
 class ManifoldMixupCallback(pl.Callback):
     """Trains any LightningModule with Manifold Mixup (Verma et al., ICML 2019, section 2).
 
-    For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a permutation of the batch; the output
-    of layer k is replaced by ``lam * h + (1 - lam) * h[permutation]`` and every loss of the labels becomes
-    ``lam * loss(y) + (1 - lam) * loss(y[permutation])``. Module, loss, metrics and data stay as they are. Validation, test
-    and predict are not touched.
+    For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a permutation of the batch; the
+    output of layer k is replaced by ``lam * h + (1 - lam) * h[permutation]`` and every loss of the labels becomes
+    ``lam * loss(y) + (1 - lam) * loss(y[permutation])``. Module, loss, metrics and data stay as they are. Validation,
+    test and predict are not touched.
 
     Before backward it is checked that the state was mixed at layer k, and that a loss has used the mixed target.
 
     Args:
-        alpha: parameter of Beta(alpha, alpha), or a schedule of it (``{start: 0.2, end: 2.0, epochs: 20}`` in YAML). 2 is the
-            paper's choice for CIFAR and SVHN. 0 switches mixing off: training is that without the callback, bit for bit.
+        alpha: parameter of Beta(alpha, alpha), or a schedule of it (``{start: 0.2, end: 2.0, epochs: 20}`` in YAML). 2
+            is the paper's choice for CIFAR and SVHN. 0 switches mixing off: training is that without the callback, bit
+            for bit.
         layers: S, as names relative to the LightningModule (``"model.layer1"``), globs (``"model.layer*"``) and
-            ``"input"``. A layer that a skip connection bypasses is refused at the first batch. ``"auto"`` takes the input
-            and the first half of the network's stages, found by observing the first training batch, which is not mixed.
+            ``"input"``. A layer that a skip connection bypasses is refused at the first batch. ``"auto"`` takes the
+            input and the first half of the network's stages, found by observing the first training batch, which is not
+            mixed.
         probability: share of the batches that are mixed.
-        input_key: where the input is in a batch: an index or a name, with dots for nested batches (``"labelled.0"``), or a
-            list of those for several inputs. None finds it. Only needed if S has the input.
+        input_key: where the input is in a batch: an index or a name, with dots for nested batches (``"labelled.0"``),
+            or a list of those for several inputs. None finds it. Only needed if S has the input.
         target_key: where the target is, likewise.
-        batch_dim: the dimension of hidden states that counts the samples. None: the first of 0 and 1 that has their number.
+        batch_dim: the dimension of hidden states that counts the samples. None: the first of 0 and 1 with their number.
         seed: of lam, permutation and k; None follows ``seed_everything``. The global generators are never used.
         log_mixing: whether to log ``manifold_mixup/lam``, ``manifold_mixup/layer`` (the index of k in S) and the loss
             for each layer, ``manifold_mixup/loss/<layer>``.
@@ -84,9 +87,7 @@ class ManifoldMixupCallback(pl.Callback):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(
-        ...     callbacks=[ManifoldMixupCallback(alpha=2.0)], logger=False, enable_checkpointing=False, accelerator="cpu"
-        ... )
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[ManifoldMixupCallback(alpha=2.0)])
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class ManifoldMixupCallback(pl.Callback):
         """When to mix. Override it, for instance to leave the last epochs unmixed; the same on all ranks."""
         return True
 
-    # ----------------------------------------------------------------------------------------------- the life of a fit
+    # ------------------------------------------------------------------------------------------ the life of a fit
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -176,7 +177,9 @@ class ManifoldMixupCallback(pl.Callback):
             layer = self._plan.layers[shared.integers(len(self._plan.layers))]
             mix = draw_mix(len(sample), alpha, own)
         hook = self._hooks.layers.get(layer) if layer else None
-        self._step = MixedStep(pl_module, self._keys, mix.to(sample.device), layer, hook, self.batch_dim)
+        self._step = MixedStep(
+            pl_module, self._keys, mix.to(sample.device), self._hooks.metrics, layer, hook, self.batch_dim
+        )
         self._step.arm(None if self._plan.checked else self._observer(self._step, trainer))
 
     @override
@@ -220,7 +223,7 @@ class ManifoldMixupCallback(pl.Callback):
             self._hooks.remove()
             self._hooks = None
 
-    # -------------------------------------------------------------------------------------------- checkpoints and copies
+    # ------------------------------------------------------------------------------------------- checkpoints, copies
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -233,7 +236,7 @@ class ManifoldMixupCallback(pl.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_hooks": None, "_step": None}
 
-    # -------------------------------------------------------------------------------------------------- the first batch
+    # -------------------------------------------------------------------------------------------- the first batch
 
     def _observer(self, step: MixedStep, trainer: pl.Trainer) -> Callable[..., Any]:
         """Wraps the first training step that is mixed: the layers are checked on it, or chosen."""
@@ -282,8 +285,8 @@ class ManifoldMixupCallback(pl.Callback):
             hook.settle(row.batch_dims)
             if row.ambiguous and any(len(shape) > 2 for shape in row.shapes):
                 rank_zero_warn(
-                    f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The samples "
-                    f"are taken to be in dimension {row.batch_dim}; set `batch_dim` to say so, or otherwise."
+                    f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The "
+                    f"samples are taken to be in dimension {row.batch_dim}; set `batch_dim` to say so, or otherwise."
                 )
         plan.criteria = criteria
         hooks.add_criteria(criteria)
@@ -296,9 +299,11 @@ class ManifoldMixupCallback(pl.Callback):
         if layers == [INPUT]:
             rank_zero_warn(f"layers='auto' found no eligible layer but the input, so this is input mixup; {why}.")
         else:
-            rank_zero_info(f"Manifold Mixup mixes each batch at one of S = {{{', '.join(layers)}}} (layers='auto'; {why}).")
+            rank_zero_info(
+                f"Manifold Mixup mixes each batch at one of S = {{{', '.join(layers)}}} (layers='auto'; {why})."
+            )
 
-    # --------------------------------------------------------------------------------------------------------- logging
+    # ---------------------------------------------------------------------------------------------------- logging
 
     def _log(self, step: MixedStep, outputs: Any) -> None:
         if step.layer is None:
@@ -339,9 +344,11 @@ class _Hooks:
         self._named = named_layers(pl_module)
         self._stack = ExitStack()
         self.layers: dict[str, MixingHook] = {}
+        self.metrics: list[nn.Module] = []
 
     def add_metrics(self) -> None:
-        for metric in metrics_of(self._module):
+        self.metrics = list(metrics_of(self._module))
+        for metric in self.metrics:
             self._stack.callback(metric.register_forward_pre_hook(hand_plain_labels, with_kwargs=True).remove)
 
     def add_layers(self, names: list[str], batch_dim: int | None) -> None:

@@ -28,8 +28,8 @@ def fresh_graphs(layers: int) -> Iterator[None]:
     """Forgets graphs that were compiled without the mixing hooks, and makes room for one graph for each layer.
 
     A graph that is already cached would go on without the hooks, since torch.compile does not guard on them. Mixing at
-    each of ``layers`` layers, and at none, in training and in evaluation, with a full and an odd last batch, gives at most
-    ``2 * layers + 2`` graphs; the default limit is 8.
+    each of ``layers`` layers, and at none, in training and in evaluation, with a full and an odd last batch, gives at
+    most ``2 * layers + 2`` graphs; the default limit is 8.
     """
     import torch._dynamo
 

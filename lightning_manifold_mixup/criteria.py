@@ -7,7 +7,7 @@ meet a superposition at all: its state would keep it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -68,7 +68,9 @@ def criterion_candidates(module: nn.Module) -> list[str]:
     for name, candidate in named_layers(module).items():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         weights = any(parameter.ndim >= 2 for parameter in candidate.parameters())
-        if not (inside or weights or isinstance(candidate, (Metric, MetricCollection))):
+        # PyTorch's own is exact op by op, and then shares the log-probabilities of the two labellings.
+        known = type(candidate) is nn.CrossEntropyLoss
+        if not (inside or weights or known or isinstance(candidate, (Metric, MetricCollection))):
             found.append(name)
     return found
 
@@ -83,9 +85,9 @@ def hand_plain_labels(metric: nn.Module, args: Any, kwargs: Any) -> Any:
     return (plain(args), plain(kwargs)) if superpositions((args, kwargs)) else None
 
 
-def clean_states(module: nn.Module) -> None:
+def clean_states(metrics: Iterable[nn.Module]) -> None:
     """Makes plain what ``metric.update(preds, y)``, which no hook sees, may have put into the states of metrics."""
-    for metric in metrics_of(module):
+    for metric in metrics:
         if isinstance(metric, Metric):
             for name in metric._defaults:
                 setattr(metric, name, plain(getattr(metric, name)))

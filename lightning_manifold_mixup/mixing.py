@@ -77,7 +77,9 @@ class Mix:
             dim = next(dims)
             if tensor.shape[dim] != n:
                 raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
-            return _Interpolate.apply(tensor, self.lam, self.permutation, dim)  # type: ignore[no-any-return, no-untyped-call]
+            if not (tensor.requires_grad and torch.is_grad_enabled()):  # labels, the input: spare what recording costs
+                return interpolate(tensor, self.lam, self.permutation, dim)
+            return _Interpolate.apply(tensor, self.lam, self.permutation, dim, False)  # type: ignore[no-any-return, no-untyped-call]
 
         return mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)  # type: ignore[return-value]
 
@@ -102,12 +104,13 @@ class Mix:
             n = len(self.permutation)
             if labels.ndim == 0 or len(labels) != n:
                 raise ValueError(
-                    f"Expected a target of {n} samples in dimension 0, as the batch has, got shape {tuple(labels.shape)}."
+                    f"Expected a target of {n} samples in dimension 0, as the batch has, got shape "
+                    f"{tuple(labels.shape)}."
                 )
             if labels.dtype == torch.float16 or labels.is_complex():
                 raise TypeError(
-                    f"A target of dtype {labels.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft "
-                    "or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
+                    f"A target of dtype {labels.dtype} cannot be mixed: class indices are integer (`y.long()`), and "
+                    "soft or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
                 )
             if labels.is_floating_point():
                 return self(labels, batch_dim=0)
@@ -133,8 +136,8 @@ def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
             networks, the states of an LSTM).
 
     Raises:
-        MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in dimension 0,
-            are not taken for a time-major sequence.
+        MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in
+            dimension 0, are not taken for a time-major sequence.
 
     Example:
         >>> batch_dims((torch.zeros(4, 9), torch.zeros(7, 4, 9)), n=4)
@@ -166,8 +169,8 @@ def _is_state(tensor: Tensor) -> bool:
 
 def _wrong_shape(tensor: Tensor, n: int, where: str) -> str:
     return (
-        f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch passes once, "
-        "or set `batch_dim` to the dimension that counts the samples."
+        f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch passes "
+        "once, or set `batch_dim` to the dimension that counts the samples."
     )
 
 
@@ -178,7 +181,8 @@ def draw_mix(n: int, alpha: float = 1.0, generator: torch.Generator | np.random.
         n: number of samples in the minibatch.
         alpha: parameter of the Beta distribution, > 0; 1 gives U(0, 1), larger values concentrate lam at 1/2. The paper
             uses 2 for CIFAR and SVHN, 0.2 for Tiny-ImageNet. 0 is the limit: lam is 1 and nothing is mixed.
-        generator: where the randomness comes from. A torch generator is advanced by one draw; None uses torch's global one.
+        generator: where the randomness comes from. A torch generator is advanced by one draw; None uses torch's global
+            one.
 
     Raises:
         ValueError: for an alpha that is negative or not finite.
@@ -238,8 +242,8 @@ def mixing(layer: nn.Module, mix: Mix, batch_dim: int | None = None) -> Iterator
         handle.remove()
     if not hook.fired:
         raise MixingError(
-            f"{type(layer).__name__} was not called in training mode with gradients enabled inside `with mixing(...)`, so "
-            "no state was mixed. Run the network inside the context, or choose a layer that its forward calls."
+            f"{type(layer).__name__} was not called in training mode with gradients enabled inside `with mixing(...)`, "
+            "so no state was mixed. Run the network inside the context, or choose a layer that its forward calls."
         )
 
 
@@ -262,6 +266,7 @@ class MixingHook:
         self._dims: list[int] | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The mixed output, or None to leave it as it is."""
         if self.mix is None or not module.training or not _trains():
             return None
         self.fired = True
@@ -305,20 +310,22 @@ class _Interpolate(torch.autograd.Function):
     """``lam * h + (1 - lam) * h[permutation]`` along ``dim``.
 
     The transpose of that map is the map of the inverse permutation: sample j receives (1 - lam) times the gradient of
-    the one sample whose partner it is. So backward is a gather as well, and no scatter with its random order of sums.
+    the one sample whose partner it is. So in backward, too, each sample is written once: no scatter with its random
+    order of sums, and the inverse permutation is never needed.
     """
 
     @staticmethod
-    def forward(h: Tensor, lam: Tensor, permutation: Tensor, dim: int) -> Tensor:  # type: ignore[override]
-        return interpolate(h, lam, permutation, dim)
+    def forward(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:  # type: ignore[override]
+        return interpolate(h, lam, permutation, dim, transposed)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, lam, permutation, ctx.dim = inputs  # type: ignore[attr-defined]
+        _, lam, permutation, ctx.dim, ctx.transposed = inputs  # type: ignore[attr-defined]
         ctx.save_for_backward(lam, permutation)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # Recorded only for a second derivative: recording costs several times what mixing a small state does.
         lam, permutation = ctx.saved_tensors
-        return _Interpolate.apply(gradient, lam, permutation.argsort(), ctx.dim), None, None, None  # type: ignore[no-untyped-call]
-
+        mix = _Interpolate.apply if torch.is_grad_enabled() else interpolate
+        return mix(gradient, lam, permutation, ctx.dim, not ctx.transposed), None, None, None, None  # type: ignore[no-untyped-call]

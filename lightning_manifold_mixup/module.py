@@ -139,7 +139,9 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
 
     def _log_evaluation(self, stage: str, metrics: MetricCollection, nll: MeanMetric) -> dict[str, Tensor]:
         """Errors in [0, 1], negative log likelihood in nats, expected calibration error in [0, 1]."""
-        values = {name.replace("accuracy", "error"): _error_of(name, value) for name, value in metrics.compute().items()}
+        values = {
+            name.replace("accuracy", "error"): _error_of(name, value) for name, value in metrics.compute().items()
+        }
         values[f"{metrics.prefix}nll"] = nll.compute()
         metrics.reset()
         nll.reset()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_manifold_mixup import batch as batches
 from lightning_manifold_mixup.batch import Key
@@ -40,11 +40,13 @@ class Keys:
             ValueError: if other tensors might be inputs, too: mixing only some of them would mix a part of the state.
         """
         keys = [batches.find(batch, "input", key) for key in self.inputs]
-        others = [t for t in batches.without(batch, keys + self.find_targets(batch)) if t.is_floating_point() and t.ndim]
+        others = [
+            t for t in batches.without(batch, keys + self.find_targets(batch)) if t.is_floating_point() and t.ndim
+        ]
         if others and self.inputs == [None]:
             raise ValueError(
-                f"Expected one floating point input, found {keys[0]!r} and others beside it. Set `input_key` to the key of "
-                f"the input, or to a list of them if there are several. The batch is:\n{batches.describe(batch)}"
+                f"Expected one floating point input, found {keys[0]!r} and others beside it. Set `input_key` to the "
+                f"key of the input, or to a list of them if there are several. The batch is:\n{batches.describe(batch)}"
             )
         return keys
 
@@ -81,6 +83,7 @@ class MixedStep:
         keys: where inputs and targets are in the batch.
         mix: the draw, on the batch's device.
         layer: the drawn layer k, or None for a batch that is only observed.
+        metrics: the torchmetrics modules inside ``module``; to look for them at each step takes longer than to mix.
         hook: the hook at that layer, or None if it is the input.
         batch_dim: of the input; see :meth:`Mix.__call__`.
     """
@@ -90,11 +93,13 @@ class MixedStep:
         module: pl.LightningModule,
         keys: Keys,
         mix: Mix,
+        metrics: Sequence[nn.Module] = (),
         layer: str | None = None,
         hook: MixingHook | None = None,
         batch_dim: int | None = None,
     ) -> None:
         self.module, self.keys, self.mix, self.layer, self.hook = module, keys, mix, layer, hook
+        self.metrics = metrics
         self.batch_dim = batch_dim
         self._superposition: Superposition | None = None
         self._undo = ExitStack()
@@ -124,7 +129,7 @@ class MixedStep:
             self.hook.fired = False
         output = training_step(self.mixed(batch), *args, **kwargs)
         self.check(output)
-        clean_states(self.module)
+        clean_states(self.metrics)
         return plain(output)
 
     def mixed(self, batch: Any) -> Any:
@@ -144,8 +149,8 @@ class MixedStep:
     def _mixed_input(self, value: Any, key: Key) -> Any:
         if not any(t.is_floating_point() for t in batches.tensors(value)):
             raise ValueError(
-                f"'input' is in S, but the input at {key!r} is {batches.describe(value, '')}: integers, such as token ids, "
-                "have no mixture. Take 'input' out of `layers` and mix after the embedding instead."
+                f"'input' is in S, but the input at {key!r} is {batches.describe(value, '')}: integers, such as token "
+                "ids, have no mixture. Take 'input' out of `layers` and mix after the embedding instead."
             )
         try:
             return self.mix(value, self.batch_dim)
@@ -194,17 +199,18 @@ class MixedStep:
         """The error for a batch whose mixed target no loss has used."""
         keys = ", ".join(map(repr, self.keys.targets)) if self.keys.targets != [None] else "found by itself"
         return MixingError(
-            f"{self._where} the target was mixed, but no loss with a gradient used it. Either the loss takes its labels from "
-            f"elsewhere: check `target_key` ({keys}). Or they went through something that cannot keep them (numpy, `.item()`, "
-            "a scripted function): compute the loss with `mixed_loss(function, logits, y)` or in a criterion module. Nothing "
-            "was updated."
+            f"{self._where} the target was mixed, but no loss with a gradient used it. Either the loss takes its "
+            f"labels from elsewhere: check `target_key` ({keys}). Or they went through something that cannot keep them "
+            "(numpy, `.item()`, a scripted function): compute the loss with `mixed_loss(function, logits, y)` or in a "
+            "criterion module. Nothing was updated."
         )
 
     def _raise_unmixed(self) -> None:
         raise MixingError(
-            f"{self._where} expected the output of this layer to be mixed in training_step, but it was not: the layer was "
-            "not called, or only under torch.no_grad() or in eval mode. Take it out of `layers`, or call `.train()` on it; if "
-            "the network was compiled and run before this fit, call `torch._dynamo.reset()` first. Nothing was updated."
+            f"{self._where} expected the output of this layer to be mixed in training_step, but it was not: the layer "
+            "was not called, or only under torch.no_grad() or in eval mode. Take it out of `layers`, or call "
+            "`.train()` on it; if the network was compiled and run before this fit, call `torch._dynamo.reset()` "
+            "first. Nothing was updated."
         )
 
 

@@ -1,10 +1,11 @@
 """Labels in superposition: a target that is two labellings at once until a loss has been taken.
 
-Manifold Mixup takes the loss against ``lam * y + (1 - lam) * y[permutation]`` (section 2, step 4). For class indices that
-sum is taken where it is exact for every loss, at the loss itself: ``lam * L(y) + (1 - lam) * L(y[permutation])``. A
-:class:`MixedTarget` is therefore a tensor that knows both labellings. Whatever is computed from it is computed on both,
-and so are the values that follow from those, however many operations later; nothing is averaged before the value leaves.
-That keeps class weights, ``ignore_index``, focal terms, masks and products of label-dependent terms exact alike.
+Manifold Mixup takes the loss against ``lam * y + (1 - lam) * y[permutation]`` (section 2, step 4). For class indices
+that sum is taken where it is exact for every loss, at the loss itself: ``lam * L(y) + (1 - lam) * L(y[permutation])``.
+A :class:`MixedTarget` is therefore a tensor that knows both labellings. Whatever is computed from it is computed on
+both, and so are the values that follow from those, however many operations later; nothing is averaged before the value
+leaves. That keeps class weights, ``ignore_index``, focal terms, masks and products of label-dependent terms exact
+alike.
 
 Code that knows nothing of this sees a plain value: of labels, masks and metrics the *dominant* labelling (the one with
 the larger weight), of everything that gradients flow through, and of labels cast to float, the *mixed* value.
@@ -57,13 +58,17 @@ class Superposition:
         return torch.where(self.lam >= 0.5, first, second)
 
     def adopt(self, tensor: Tensor, first: Tensor, second: Tensor, mixed: bool) -> None:
-        """Puts a plain tensor into superposition, because labels were written into it (``onehot.scatter_(1, y, 1)``)."""
+        """Puts a plain tensor into superposition, because labels were written into it (``onehot.scatter_(1, y, "
+        "1)``).
+        """
         tensor.__class__ = _kind(tensor)
         tensor._set(first, second, self, mixed)  # type: ignore[attr-defined]
         self._written.append(weakref.ref(tensor))
 
     def close(self) -> None:
-        """Ends the superposition: tensors that were adopted are plain again, all others act as the plain value shown."""
+        """Ends the superposition: tensors that were adopted are plain again, all others act as the plain value "
+        "shown.
+        """
         self.open = False
         for reference in self._written:
             if (tensor := reference()) is not None:
@@ -78,7 +83,9 @@ class _Superposed(Tensor):
     _first: Tensor
     _second: Tensor
     _superposition: Superposition
-    _mixed: bool  # of floats: the value shown is the mixed one, not the dominant one; of integers: floats made of them are
+    _mixed: (
+        bool  # of floats: the value shown is the mixed one, not the dominant one; of integers: floats made of them are
+    )
 
     @staticmethod
     def _of(shown: Tensor, first: Tensor, second: Tensor, superposition: Superposition, mixed: bool) -> _Superposed:
@@ -139,8 +146,9 @@ class MixedTarget(_Superposed):
     """Integer or boolean labels in superposition: ``y`` with weight lam and ``y[permutation]`` with weight 1 - lam.
 
     To code that does not know it, it is the plain tensor of the dominant labels (``y`` if lam >= 1/2, else
-    ``y[permutation]``), of the same shape, dtype and device. Casts, moves, views and indexing keep it; any loss computed
-    from it, by whatever operations, is ``lam * loss(y) + (1 - lam) * loss(y[permutation])`` (section 2, step 4).
+    ``y[permutation]``), of the same shape, dtype and device. Casts, moves, views and indexing keep it; any loss
+    computed from it, by whatever operations, is ``lam * loss(y) + (1 - lam) * loss(y[permutation])`` (section 2, step
+    4).
 
     Usually made by :meth:`lightning_manifold_mixup.Mix.target`.
 
@@ -167,6 +175,7 @@ class MixedTarget(_Superposed):
     """
 
     def __new__(cls, labels: Tensor, partners: Tensor, lam: Tensor) -> Self:
+        """Puts the two labellings into superposition."""
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(
                 f"MixedTarget holds class indices, integer or bool; got {labels.dtype}. A float target needs no "
@@ -178,7 +187,9 @@ class MixedTarget(_Superposed):
     def _superpose(cls, labels: Tensor, partners: Tensor, superposition: Superposition) -> Self:
         # A copy: what user code writes into its labels in place must not reach the batch it was made from.
         labels = labels.detach().clone()
-        new = cls._of(superposition.dominant(labels, partners), labels, partners, superposition, labels.dtype != torch.bool)
+        new = cls._of(
+            superposition.dominant(labels, partners), labels, partners, superposition, labels.dtype != torch.bool
+        )
         assert isinstance(new, cls)
         return new
 
@@ -274,14 +285,16 @@ def paired(first: Any, second: Any, superposition: Superposition) -> Any:
 
 # Leaving tensor land: loggers, numpy, printing and tests of closeness get the value shown.
 _SHOWN = {"item", "tolist", "numpy", "__array__", "__float__", "__format__", "isclose", "allclose", "equal"}
-# The same for one number: `if loss < 1`, `loss == expected`. Elementwise comparisons are masks and stay in superposition.
+# The same for one number: `if loss < 1`, `loss == expected`. Elementwise comparisons are masks and stay in
+# superposition.
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite"}
 _CASTS = {"to", "type", "type_as", "bool", "int", "long", "short"}
 # About the tensor object, not about its value under a labelling.
 _OBJECT = {"__hash__", "backward", "register_hook", "retain_grad", "requires_grad_", "data_ptr", "untyped_storage"}
 # The properties that are values; all others (grad_fn, device, ...) are about the object.
 _VALUES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
-# Picking elements of labels by plain tensors gives labels; any other operation with a plain tensor gives something else.
+# Picking elements of labels by plain tensors gives labels; any other operation with a plain tensor gives something
+# else.
 _PICKING = {"__getitem__", "index_select", "gather", "masked_select", "take", "take_along_dim", "where"}
 _AUGMENTED = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 
@@ -325,8 +338,8 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             )
         if source.requires_grad and not (source._first.requires_grad or source._second.requires_grad):
             raise MixingError(
-                "A custom autograd.Function (or a reentrant checkpoint) was handed labels in superposition, which it can "
-                f"not see through: its result would be that of the dominant labels alone. {_REMEDY}"
+                "A custom autograd.Function (or a reentrant checkpoint) was handed labels in superposition, which it "
+                f"can not see through: its result would be that of the dominant labels alone. {_REMEDY}"
             )
     if _writes(name):
         return _write(name, func, args, kwargs, sources, superposition)
@@ -334,6 +347,8 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         raise MixingError(f"`{name}(..., out=...)` cannot be evaluated for two labellings. {_REMEDY}")
 
     function = _one_hot if func is F.one_hot else func
+    if func is F.cross_entropy:
+        function, args, kwargs = _with_logarithms(*args, **kwargs)
     first = function(*_under(args, _first), **_under(kwargs, _first))
     second = function(*_under(args, _second), **_under(kwargs, _second))
     recorded = any(t.requires_grad for t in _tensors((first, second)))
@@ -354,12 +369,20 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _pair(
-    first: Any, second: Any, shown: Any, superposition: Superposition, mixed: bool, mask: bool = True, cast: bool = False
+    first: Any,
+    second: Any,
+    shown: Any,
+    superposition: Superposition,
+    mixed: bool,
+    mask: bool = True,
+    cast: bool = False,
 ) -> Any:
     """One result out of the two, in their structure."""
     if isinstance(first, (tuple, list)):
         if len(first) != len(second):
-            raise MixingError(f"The number of tensors depends on the labels: {len(first)} against {len(second)}. {_REMEDY}")
+            raise MixingError(
+                f"The number of tensors depends on the labels: {len(first)} against {len(second)}. {_REMEDY}"
+            )
         shown = [None] * len(first) if shown is None else shown
         pairs = [_pair(*each, superposition, mixed, mask, cast) for each in zip(first, second, shown, strict=True)]
         return pairs if isinstance(first, list) else tuple(pairs)
@@ -404,6 +427,20 @@ def _write(
     elif inside:
         target._first, target._second, target._mixed = first, second, target._mixed and (mixed or target._mixed)
     return None if name == "__setitem__" else target
+
+
+def _with_logarithms(
+    input: Tensor, target: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
+    """``F.cross_entropy`` as ``F.nll_loss`` of log-probabilities, which are the same for both labellings.
+
+    The largest tensors of a network with many classes are computed and kept once, not twice.
+    """
+    names = ("weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    if arguments.pop("label_smoothing", 0.0) or isinstance(input, _Superposed) or target.is_floating_point():
+        return F.cross_entropy, (input, target, *args), kwargs
+    return F.nll_loss, (F.log_softmax(input, dim=min(input.ndim - 1, 1)), target), arguments
 
 
 def _one_hot(*args: Any, **kwargs: Any) -> Tensor:

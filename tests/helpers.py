@@ -113,4 +113,6 @@ def assert_untouched(module):
     for part in module.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks):
             assert not [hook for hook in hooks.values() if "lightning_manifold_mixup" in str(type(hook).__module__)]
-            assert not [hook for hook in hooks.values() if "lightning_manifold_mixup" in str(getattr(hook, "__module__", ""))]
+            assert not [
+                hook for hook in hooks.values() if "lightning_manifold_mixup" in str(getattr(hook, "__module__", ""))
+            ]

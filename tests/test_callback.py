@@ -14,7 +14,18 @@ from torchmetrics import Accuracy, MetricCollection
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, MixedTarget, MixingError
 from lightning_manifold_mixup.models import preact_resnet18
-from tests.helpers import CLASSES, LAYERS, Classifier, ConvNet, Draws, assert_untouched, images, loader, trainer, weights_of
+from tests.helpers import (
+    CLASSES,
+    LAYERS,
+    Classifier,
+    ConvNet,
+    Draws,
+    assert_untouched,
+    images,
+    loader,
+    trainer,
+    weights_of,
+)
 
 
 def mixed_by_hand(h, lam, permutation):
@@ -83,7 +94,7 @@ class TestExactness:
 
         class Notes(Classifier):
             def training_step(self, batch, batch_idx):
-                self.seen.append((batch[1].tolist() if type(batch[1]) is torch.Tensor else batch[1].labels.tolist()))
+                self.seen.append(batch[1].tolist() if type(batch[1]) is torch.Tensor else batch[1].labels.tolist())
                 self.seen.append(F.dropout(torch.ones(20), 0.5).tolist())
                 return super().training_step(batch, batch_idx)
 
@@ -227,13 +238,15 @@ class TestBatches:
                 self.heads = nn.Linear(8, 12)
 
             def losses_of(self, z, y):
-                return torch.stack([
-                    F.cross_entropy(z[:, :4], y["class"]),
-                    F.mse_loss(z[:, 4], y["value"]),
-                    F.binary_cross_entropy_with_logits(z[:, 5:8], y["tags"]),
-                    F.cross_entropy(z[:, 8:], y["soft"]),
-                    F.binary_cross_entropy_with_logits(z[:, 5:8], y["flags"].float()),
-                ])
+                return torch.stack(
+                    [
+                        F.cross_entropy(z[:, :4], y["class"]),
+                        F.mse_loss(z[:, 4], y["value"]),
+                        F.binary_cross_entropy_with_logits(z[:, 5:8], y["tags"]),
+                        F.cross_entropy(z[:, 8:], y["soft"]),
+                        F.binary_cross_entropy_with_logits(z[:, 5:8], y["flags"].float()),
+                    ]
+                )
 
             def training_step(self, batch, batch_idx):
                 x, y = batch
@@ -253,12 +266,16 @@ class TestBatches:
         }
         module = ManyHeads()
         [(_, lam, permutation)] = fit(
-            module, ManifoldMixupCallback(layers=["model.trunk".removeprefix("model.")]), DataLoader([(x, y)], batch_size=None)
+            module,
+            ManifoldMixupCallback(layers=["model.trunk".removeprefix("model.")]),
+            DataLoader([(x, y)], batch_size=None),
         )
         z = module.heads(mixed_by_hand(module.trunk(x), lam, permutation))
         partner = {key: value[permutation] for key, value in y.items()}
         expected = lam * module.losses_of(z, y) + (1 - lam) * module.losses_of(z, partner)
-        expected[1] = F.mse_loss(z[:, 4], mixed_by_hand(y["value"], lam, permutation))  # floats: against the mixed target
+        expected[1] = F.mse_loss(
+            z[:, 4], mixed_by_hand(y["value"], lam, permutation)
+        )  # floats: against the mixed target
         torch.testing.assert_close(module.last.detach().as_subclass(torch.Tensor), expected.detach())
 
     def test_loss_inside_the_model(self):
@@ -428,7 +445,9 @@ class TestChecks:
 
         module = Validates(lr=0.0)
         module.outputs = []
-        trainer(ManifoldMixupCallback(layers=LAYERS), max_epochs=2, num_sanity_val_steps=1).fit(module, loader(), loader())
+        trainer(ManifoldMixupCallback(layers=LAYERS), max_epochs=2, num_sanity_val_steps=1).fit(
+            module, loader(), loader()
+        )
         module.eval()
         with torch.no_grad():
             torch.testing.assert_close(module.outputs[-1], module(list(loader())[-1][0]))

@@ -94,7 +94,7 @@ class TestMix:
             MIX(torch.randn(4, 3), batch_dim=1)
 
     def test_nothing_to_mix_is_refused(self):
-        with pytest.raises(MixingError, match="floating point tensors to mix, got a torch.int64 tensor"):
+        with pytest.raises(MixingError, match=r"floating point tensors to mix, got a torch\.int64 tensor"):
             MIX(torch.arange(4))
 
     def test_batch_size_one(self):
@@ -206,9 +206,12 @@ class TestMixing:
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("where", ["around", "inside"])
     def test_activation_checkpointing(self, reentrant, where):
-        net, (x, y) = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Tanh(), nn.Linear(5, 5)), nn.Linear(5, 3)), (
-            torch.randn(4, 5),
-            torch.tensor([0, 1, 2, 1]),
+        net, (x, y) = (
+            nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Tanh(), nn.Linear(5, 5)), nn.Linear(5, 3)),
+            (
+                torch.randn(4, 5),
+                torch.tensor([0, 1, 2, 1]),
+            ),
         )
         layer = net[1] if where == "around" else net[1][0]
 

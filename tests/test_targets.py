@@ -245,7 +245,8 @@ class TestPlainView:
             lambda y: y.to("cpu"), lambda y: y.to(torch.uint8), lambda y: y[torch.tensor([0, 3])], lambda y: y[1:3],
             lambda y: y[torch.arange(N) > 2], lambda y: y[:, None].expand(-1, 3), lambda y: y.clone(),
             lambda y: y.detach(), lambda y: y.contiguous(), lambda y: y.squeeze(), lambda y: y.flip(0),
-            lambda y: torch.cat([y, y]), lambda y: torch.stack([y, y], 1), lambda y: y.repeat_interleave(2), lambda y: y.view(2, 4).T,
+            lambda y: torch.cat([y, y]), lambda y: torch.stack([y, y], 1), lambda y: y.repeat_interleave(2),
+            lambda y: y.view(2, 4).T,
         ],
     )  # fmt: skip
     def test_stays_in_superposition(self, y, mixed, operation):
@@ -255,7 +256,9 @@ class TestPlainView:
         assert torch.equal(result.partners, operation(y[PERMUTATION]))
         assert torch.equal(result.shown, operation(y[PERMUTATION]))
 
-    @pytest.mark.parametrize("cast", [lambda y: y.float(), lambda y: y.to(torch.float64), lambda y: y.view(2, 4).double()])
+    @pytest.mark.parametrize(
+        "cast", [lambda y: y.float(), lambda y: y.to(torch.float64), lambda y: y.view(2, 4).double()]
+    )
     def test_cast_to_float_is_the_mixed_tensor(self, y, mixed, cast):
         value = cast(mixed)
         assert not isinstance(value, MixedTarget)
@@ -401,7 +404,9 @@ def cases(draw):
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     alpha = draw(st.sampled_from([0.1, 1.0, 2.0]))
     view = draw(st.sampled_from(["same", "flat", "reversed", "column", "doubled"]))
-    loss = draw(st.sampled_from(["cross_entropy", "gather", "one_hot", "focal", "masked", "indexing", "mean of squares"]))
+    loss = draw(
+        st.sampled_from(["cross_entropy", "gather", "one_hot", "focal", "masked", "indexing", "mean of squares"])
+    )
     return n, classes, dense, seed, label_dtype, dtype, alpha, view, loss
 
 

@@ -17,10 +17,22 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
-from tests.helpers import CLASSES, LAYERS, Classifier, ConvNet, Draws, Validated, assert_untouched, images, loader, trainer, weights_of
+from tests.helpers import (
+    CLASSES,
+    LAYERS,
+    Classifier,
+    ConvNet,
+    Draws,
+    Validated,
+    assert_untouched,
+    images,
+    loader,
+    trainer,
+    weights_of,
+)
 
 
 def train(module, *, seed=3, layers=LAYERS, batches=None, callbacks=(), **kwargs):
@@ -237,7 +249,7 @@ class TestResume:
             run(tmp_path / "part", self.Crashes(crash), module=part)
         assert_untouched(part)
         saved = max((tmp_path / "part").glob("*.ckpt"), key=lambda p: int(p.stem.rpartition("=")[2]))
-        again, callback = run(tmp_path / "again", module=resumed, ckpt_path=saved)
+        again, _ = run(tmp_path / "again", module=resumed, ckpt_path=saved)
         steps = torch.load(saved, weights_only=False)["global_step"]
         assert [(d[0], d[1].item(), d[2].tolist()) for d in again] == [
             (d[0], d[1].item(), d[2].tolist()) for d in drawn[steps:]
@@ -277,7 +289,9 @@ class TestNothingIsLeft:
 
         module = Validated()
         callback = ManifoldMixupCallback(layers=LAYERS)
-        trainer(callback, Spy(), val_check_interval=1, max_epochs=2, num_sanity_val_steps=2).fit(module, loader(), loader())
+        trainer(callback, Spy(), val_check_interval=1, max_epochs=2, num_sanity_val_steps=2).fit(
+            module, loader(), loader()
+        )
         assert_untouched(module)
 
     def test_two_fits_and_two_trainers(self):
@@ -297,9 +311,8 @@ class TestCopies:
                 return super().training_step(batch, batch_idx)
 
         module = Copies()
-        module.trainer_ = None
         callback = ManifoldMixupCallback(layers=["model.layer1"])
-        x, y = images(8)
+        x, _ = images(8)
 
         class Deep(Copies):
             def training_step(self, batch, batch_idx):
@@ -386,7 +399,11 @@ class TestLoops:
             def __iter__(self):
                 return iter(zip(*images(10), strict=True))
 
-        assert [len(permutation) for _, _, permutation in train(Classifier(), batches=DataLoader(Stream(), 4))] == [4, 4, 2]
+        assert [len(permutation) for _, _, permutation in train(Classifier(), batches=DataLoader(Stream(), 4))] == [
+            4,
+            4,
+            2,
+        ]
 
     def test_combined_loader(self):
         class Combined(Classifier):
@@ -475,7 +492,3 @@ def test_auto_observes_the_first_batch_and_mixes_the_others():
     assert [layer is None for layer, _, _ in drawn] == [True, False, False]
     x, y = next(iter(loader()))
     torch.testing.assert_close(module.losses[0], F.cross_entropy(net(x), y).item(), rtol=0, atol=0)
-
-
-def test_dataset_of_one_batch_size():
-    assert TensorDataset(*images(4))[0][0].shape == (3, 6, 6)
