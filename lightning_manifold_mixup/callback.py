@@ -283,7 +283,9 @@ class ManifoldMixupCallback(pl.Callback):
         for name, hook in hooks.layers.items():
             row = report.row(name)
             hook.settle(row.batch_dims)
-            if row.ambiguous and any(len(shape) > 2 for shape in row.shapes):
+            if row.ambiguous and any(
+                len(shape) == 3 for shape in row.shapes
+            ):  # sequences may be time-major, images not
                 rank_zero_warn(
                     f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The "
                     f"samples are taken to be in dimension {row.batch_dim}; set `batch_dim` to say so, or otherwise."

@@ -267,7 +267,7 @@ class MixingHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The mixed output, or None to leave it as it is."""
-        if self.mix is None or not module.training or not _trains():
+        if self.mix is None or not module.training or not is_training_forward():
             return None
         self.fired = True
         if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
@@ -289,19 +289,25 @@ class MixingHook:
         return vars(MixingHook(self.batch_dim))
 
 
-def _trains() -> bool:
-    """Whether this forward pass will be back-propagated through.
+def is_training_forward() -> bool:
+    """Whether the forward pass that is running will be back-propagated through.
 
-    Reentrant activation checkpointing runs the first forward under ``no_grad``, and the one with gradients only in
-    backward; both have to be mixed.
+    True if gradients are enabled, and inside a reentrant activation checkpoint: it runs its first forward under
+    ``no_grad``, and the one with gradients only in backward.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     is_training_forward()
+        False
     """
     if torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code is CheckpointFunction.forward.__code__:
+            # Reentrant checkpoints are differentiated through their tensor arguments alone.
             return any(isinstance(a, Tensor) and a.requires_grad for a in frame.f_locals["args"])
     return False
 

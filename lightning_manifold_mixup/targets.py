@@ -58,17 +58,13 @@ class Superposition:
         return torch.where(self.lam >= 0.5, first, second)
 
     def adopt(self, tensor: Tensor, first: Tensor, second: Tensor, mixed: bool) -> None:
-        """Puts a plain tensor into superposition, because labels were written into it (``onehot.scatter_(1, y, "
-        "1)``).
-        """
+        """Puts a plain tensor into superposition, because labels were written into it: ``onehot.scatter_(1, y, 1)``."""
         tensor.__class__ = _kind(tensor)
         tensor._set(first, second, self, mixed)  # type: ignore[attr-defined]
         self._written.append(weakref.ref(tensor))
 
     def close(self) -> None:
-        """Ends the superposition: tensors that were adopted are plain again, all others act as the plain value "
-        "shown.
-        """
+        """Ends the superposition: adopted tensors are plain again, all others act as the plain value shown."""
         self.open = False
         for reference in self._written:
             if (tensor := reference()) is not None:

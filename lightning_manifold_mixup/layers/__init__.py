@@ -7,7 +7,6 @@ from lightning_manifold_mixup.layers.names import resolve_layers as resolve_laye
 from lightning_manifold_mixup.layers.names import unknown_layer as unknown_layer
 from lightning_manifold_mixup.layers.observe import Observation as Observation
 from lightning_manifold_mixup.layers.observe import eligible_layers as eligible_layers
-from lightning_manifold_mixup.layers.observe import is_training_forward as is_training_forward
 from lightning_manifold_mixup.layers.observe import observe as observe
 from lightning_manifold_mixup.layers.report import LayerReport as LayerReport
 from lightning_manifold_mixup.layers.report import LayerRow as LayerRow

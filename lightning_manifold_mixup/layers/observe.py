@@ -7,7 +7,6 @@ anyway (the first training batch), or from one that `eligible_layers` runs for t
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, analyse
 from lightning_manifold_mixup.layers.flow import Flow, tensors
 from lightning_manifold_mixup.layers.names import INPUT, named_layers
 from lightning_manifold_mixup.layers.report import LayerReport, make_report
+from lightning_manifold_mixup.mixing import is_training_forward
 
 
 class Observation:
@@ -177,33 +176,6 @@ def eligible_layers(
         with observe(model, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
             outputs = model(*inputs, **kwargs)
         return seen.report(outputs)
-
-
-def is_training_forward() -> bool:
-    """Whether the forward pass that is running will be back-propagated.
-
-    True if gradients are enabled, and inside a reentrant activation checkpoint, whose forward runs under `no_grad`
-    although backward will compute it again with gradients.
-
-    Example:
-        >>> with torch.no_grad():
-        ...     is_training_forward()
-        False
-    """
-    if torch.is_grad_enabled():
-        return True
-    if torch.is_inference_mode_enabled():
-        return False
-    checkpoint = CheckpointFunction.forward.__code__
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is checkpoint:
-            # Reentrant checkpoints are differentiated through their tensor arguments alone.
-            return any(tensor.requires_grad for tensor in tensors(frame.f_locals["args"]))
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
 
 
 @contextmanager
