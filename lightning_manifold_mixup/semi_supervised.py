@@ -50,7 +50,7 @@ from lightning_manifold_mixup.losses import LossName
 from lightning_manifold_mixup.mixing import Mix, check_alpha, draw_mix, mixing
 from lightning_manifold_mixup.module import Batch, ManifoldMixupModule, _default_optimizer
 from lightning_manifold_mixup.randomness import generator, global_seed
-from lightning_manifold_mixup.targets import mixed_loss
+from lightning_manifold_mixup.targets import plain
 
 _PUBLISHED = {"self": (1.0, 0.4), "ema": (100.0, 0.25)}  # w_max and ramp
 
@@ -215,7 +215,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
 
         logits, mix = self._mixed_forward(x, self.alpha_labelled, shared, own)
         target = mix.target(y)
-        loss = mixed_loss(self.soft_label_loss, logits, target)
+        loss: Tensor = plain(self.soft_label_loss(logits, target))
         values = {"train/labelled_loss": loss.detach()}
         if u is not None:
             with torch.no_grad():

@@ -149,7 +149,7 @@ def test_help_lists_every_command(capsys) -> None:
     ("args", "message"),
     [
         (["fti"], "did you mean fit?"),
-        (["fit", "--config=digit"], "did you mean digits?"),
+        (["fit", "--config=digit"], "did you mean digits"),
         (["fit", "--model=Nope"], "There is no class 'Nope' (model.class_path)"),
         (
             ["fit", "--data.class_path=no.where.Data", "--model=ManifoldMixupModule"],

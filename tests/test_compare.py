@@ -101,8 +101,23 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == 4
 
-    main([*command, "--trainer.max_epochs=2"])  # other numbers: not the same runs
-    assert len(trained) == 9
+
+
+def test_what_changes_the_numbers_changes_the_key(tmp_path) -> None:
+    def key(*overrides: str, seed: int = 0, method: str = "manifold") -> str:
+        run = compare.Run("digits", method, seed, overrides, tmp_path)
+        return run.key(run.prepare())
+
+    assert key() == key("--trainer.enable_progress_bar=false", "--trainer.default_root_dir=elsewhere")
+    others = [
+        key("--trainer.max_epochs=2"),
+        key("--data.init_args.batch_size=50"),
+        key("--model.init_args.layers=[model.layer1]"),
+        key(seed=1),
+        key(method="none"),
+        key(method="input"),
+    ]
+    assert len({key(), *others}) == 7
 
 
 def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
