@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -262,7 +262,9 @@ class ManifoldMixupCallback(pl.Callback):
                 if output is not None:  # otherwise the user skips this batch
                     report = seen.report()
                     if not report.sinks_found:
-                        raise step.unused_target()
+                        if not step.loss_used_labels:
+                            raise step.unused_target()
+                        report = seen.report(outputs=output)  # a criterion took the labels where no tensor shows it
                     self._settle(trainer, report, [name for name, hooks in criteria.items() if hooks.fired])
                 return output
 
@@ -318,7 +320,8 @@ class ManifoldMixupCallback(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
             values[f"manifold_mixup/loss/{step.layer}"] = loss
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(step.mix.permutation))
+        n = len(step.mix.permutation)
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
 
 
 @dataclass

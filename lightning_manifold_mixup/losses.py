@@ -53,7 +53,8 @@ def label_accuracy(logits: Tensor, target: Tensor) -> Tensor:
     predictions = logits.detach().argmax(1)
     if target.is_floating_point():
         return target.gather(1, predictions[:, None]).mean()
-    return mixed_loss(lambda labels: (predictions == labels).float().mean(), target)
+    accuracy: Tensor = mixed_loss(lambda labels: (predictions == labels).float().mean(), target)
+    return accuracy
 
 
 class SoftLabelLossMixin:

@@ -79,7 +79,7 @@ class Mix:
                 raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
             if not (tensor.requires_grad and torch.is_grad_enabled()):  # labels, the input: spare what recording costs
                 return interpolate(tensor, self.lam, self.permutation, dim)
-            return _Interpolate.apply(tensor, self.lam, self.permutation, dim, False)  # type: ignore[no-any-return, no-untyped-call]
+            return _Interpolate.apply(tensor, self.lam, self.permutation, dim, False)  # type: ignore[no-any-return]
 
         return mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)  # type: ignore[return-value]
 
@@ -321,7 +321,7 @@ class _Interpolate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:  # type: ignore[override]
+    def forward(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
         return interpolate(h, lam, permutation, dim, transposed)
 
     @staticmethod
@@ -330,8 +330,8 @@ class _Interpolate(torch.autograd.Function):
         ctx.save_for_backward(lam, permutation)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Recorded only for a second derivative: recording costs several times what mixing a small state does.
         lam, permutation = ctx.saved_tensors
         mix = _Interpolate.apply if torch.is_grad_enabled() else interpolate
-        return mix(gradient, lam, permutation, ctx.dim, not ctx.transposed), None, None, None, None  # type: ignore[no-untyped-call]
+        return mix(gradient, lam, permutation, ctx.dim, not ctx.transposed), None, None, None, None

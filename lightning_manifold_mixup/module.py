@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import Accuracy, MeanMetric, MetricCollection, MinMetric
+from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetric
 from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import override
 
@@ -66,13 +66,14 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
-        metrics = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": Accuracy(task="multiclass", num_classes=num_classes),
             "ece": MulticlassCalibrationError(num_classes),
         }
         if num_classes > 5:
             metrics["top5_accuracy"] = Accuracy(task="multiclass", num_classes=num_classes, top_k=5)
-        self.val_metrics, self.test_metrics = (MetricCollection(metrics, prefix=f"{s}/") for s in ("val", "test"))
+        collection = MetricCollection(metrics)
+        self.val_metrics, self.test_metrics = (collection.clone(prefix=f"{stage}/") for stage in ("val", "test"))
         self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
         self.best_error = MinMetric()
 

@@ -187,8 +187,13 @@ class MixedStep:
         return self.hook is None or self.hook.fired
 
     @property
+    def loss_used_labels(self) -> bool:
+        """Whether labels in superposition have led to a value with a gradient."""
+        return self._superposition is not None and self._superposition.used
+
+    @property
     def _target_used(self) -> bool:
-        return self._superposition is None or self._superposition.used
+        return self._superposition is None or self._superposition.used  # a float target is a tensor like any other
 
     @property
     def _where(self) -> str:

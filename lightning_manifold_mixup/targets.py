@@ -121,8 +121,7 @@ class _Superposed(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor)
 
-    @override
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(labels={self._first!r}, partners={self._second!r}, lam={self.lam!r})"
 
     def __iter__(self) -> Iterator[Any]:
@@ -131,7 +130,7 @@ class _Superposed(Tensor):
     # A copy that outlives the batch (a metric state, a checkpoint, another process) holds the plain value.
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.shown.__reduce_ex__(protocol)
+        return self.shown.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @override
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -102,7 +102,6 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
     assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == 4
 
 
-
 def test_what_changes_the_numbers_changes_the_key(tmp_path) -> None:
     def key(*overrides: str, seed: int = 0, method: str = "manifold") -> str:
         run = compare.Run("digits", method, seed, overrides, tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +13,23 @@ from dataclasses import dataclass
 import torch
 
 
+def keep_memory() -> None:
+    """Makes glibc's allocator keep what is freed, as the one for CUDA does.
+
+    Otherwise blocks of 32 MB and more are fetched from the system anew each time: page faults take several times as
+    long as a copy, or not, by chance, and hide what is measured.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for any size
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 @dataclass
 class Measure:
     """How to measure on a device.
 
-    On one CPU thread it is processor time that counts: on a machine shared with others, the wall clock counts their work.
+    On one CPU thread it is processor time that counts: on a shared machine the wall clock counts others' work, too.
     """
 
     device: str = "cpu"
@@ -75,3 +89,8 @@ class Section:
     columns: list[str]
     rows: list[list[str]]
     notes: str = ""
+
+    def add(self, *cells: object) -> None:
+        """Appends a row, and shows it at once: a table takes minutes."""
+        self.rows.append([str(cell) for cell in cells])
+        print(*self.rows[-1], sep=" | ", file=sys.stderr, flush=True)

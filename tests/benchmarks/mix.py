@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_manifold_mixup import draw_mix
 
-from .measure import Measure, Section
+from .measure import Measure, Section, keep_memory
 
 SHAPES = [(128, 64, 32, 32), (128, 128, 16, 16), (128, 512), (32, 197, 768), (8, 1024, 1024)]
 TARGET, LARGE = 1.5, 1 << 22  # the target is for states of more bytes than this
@@ -26,22 +26,23 @@ class Copy(torch.autograd.Function):
 
 
 def run(measure: Measure) -> Section:
+    keep_memory()
     section = Section(
         "The mix: time over that of a copy (forward and backward each)",
         ["state", "dtype", "layout", "forward", "backward", "lam*h+(1-lam)*h[p]", "target"],
         [],
-        "The two right of the mix's own: forward and backward of the formula as it stands, over a copy each way.\n"
+        "`lam*h+(1-lam)*h[p]`: the formula as it stands, forward and backward, over a copy each way.\n"
         "Limit of the memory: 1.33 (two reads, one write) where a partner is not in the cache.",
     )
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             h = torch.randn(shape, device=measure.device).to(dtype)
-            section.rows.append(row(measure, h, "contiguous", 0))
+            section.add(*row(measure, h, "contiguous", 0))
     image = torch.randn(SHAPES[0], device=measure.device)
-    section.rows.append(row(measure, image.to(memory_format=torch.channels_last), "channels_last", 0))
-    section.rows.append(row(measure, image.transpose(2, 3), "transposed", 0))
-    section.rows.append(row(measure, torch.randn(128, 64, 32, 64, device=measure.device)[..., ::2], "every 2nd", 0))
-    section.rows.append(row(measure, torch.randn(197, 32, 768, device=measure.device), "batch dim 1", 1))
+    section.add(*row(measure, image.to(memory_format=torch.channels_last), "channels_last", 0))
+    section.add(*row(measure, image.transpose(2, 3), "transposed", 0))
+    section.add(*row(measure, torch.randn(128, 64, 32, 64, device=measure.device)[..., ::2], "every 2nd", 0))
+    section.add(*row(measure, torch.randn(197, 32, 768, device=measure.device), "batch dim 1", 1))
     return section
 
 

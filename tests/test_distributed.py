@@ -1,0 +1,184 @@
+"""Two processes with gloo, against one process that computes both shards by hand."""
+
+import copy
+import os
+import signal
+import socket
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_manifold_mixup import ManifoldMixupCallback
+from tests.helpers import LAYERS, Classifier, ConvNet, Draws, assert_untouched, images, trainer
+
+STEPS, BATCH = 20, 4
+MODES = ["ddp", "static_graph", "find_unused_parameters", "auto", "fsdp2"]
+
+
+class Net(ConvNet):
+    """Without batch norm, whose running statistics are each process's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer2[1] = nn.Identity()
+
+
+class Sharded(Classifier):
+    def configure_model(self):
+        if self.strategy == "fsdp2":
+            for part in (self.model.layer1, self.model.layer2, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def strategy_of(mode):
+    if mode == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    options = {mode: True} if mode in ("static_graph", "find_unused_parameters") else {}
+    return DDPStrategy(process_group_backend="gloo", **options)
+
+
+def data():
+    return TensorDataset(*images(2 * STEPS * BATCH))
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def environment(rank, port):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "GROUP_RANK": "0",
+        "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "PL_GLOBAL_SEED": "5",
+    }  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def worker(rank, port, net, folder):
+    torch.set_num_threads(1)
+    environment(rank, port)
+    results = {}
+    for mode in MODES:
+        module = Sharded(copy.deepcopy(net))
+        module.strategy = mode
+        callback = ManifoldMixupCallback(layers="auto" if mode == "auto" else LAYERS)
+        draws = Draws(callback)
+        t = trainer(
+            callback, draws, strategy=strategy_of(mode), devices=2, max_steps=STEPS, use_distributed_sampler=False
+        )
+        t.fit(module, DataLoader(data(), BATCH, sampler=range(rank, 2 * STEPS * BATCH, 2)))
+        results[mode] = {
+            "drawn": draws.drawn,
+            "losses": module.losses,
+            "weights": {name: full(p.detach()).clone() for name, p in module.model.named_parameters()},
+            "layers": callback.state_dict()["layers"],
+        }
+        assert_untouched(module)
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    torch.manual_seed(0)
+    net, folder = Net(), tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (free_port(), net, str(folder)), nprocs=2)
+    return net, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layer_is_shared_lam_and_permutation_are_each_ranks_own(runs, mode):
+    first, second = (run[mode]["drawn"] for run in runs[1])
+    assert len(first) == STEPS
+    assert [layer for layer, _, _ in first] == [layer for layer, _, _ in second]
+    drawn = [(a, b) for a, b in zip(first, second, strict=True) if a[0] is not None]
+    assert len({layer for (layer, _, _), _ in drawn}) > 1
+    assert all(a[1] != b[1] for a, b in drawn)
+    assert any(not torch.equal(a[2], b[2]) for a, b in drawn)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_are_those_of_both_shards_by_hand(runs, mode):
+    net, results = runs
+    net = copy.deepcopy(net)
+    x, y = data().tensors
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    losses = ([], [])
+    for step in range(STEPS):
+        for rank in range(2):
+            index = torch.arange(rank, len(x), 2)[step * BATCH : (step + 1) * BATCH]
+            layer, lam, permutation = results[rank][mode]["drawn"][step]
+            before, after = net.states(x)[layer or "input"]  # None: observed, lam is 1
+            h = before(x[index])
+            logits = after(lam * h + (1 - lam) * h[permutation])
+            labels = y[index]
+            loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, labels[permutation])
+            (loss / 2).backward()
+            losses[rank].append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in range(2):
+        assert results[rank][mode]["losses"] == pytest.approx(losses[rank], rel=1e-4)
+        torch.testing.assert_close(results[rank][mode]["weights"], dict(net.named_parameters()), rtol=1e-4, atol=1e-6)
+
+
+def test_every_rank_has_the_layers_of_rank_zero(runs):
+    assert runs[1][0]["auto"]["layers"] == runs[1][1]["auto"]["layers"] == ["input", "model.conv1", "model.layer1"]
+
+
+@pytest.mark.gpu
+def test_fsdp1():
+    module = Classifier(Net())
+    callback = ManifoldMixupCallback(layers=LAYERS)
+    t = trainer(callback, strategy=FSDPStrategy(), accelerator="gpu", max_steps=4)
+    t.fit(module, DataLoader(data(), BATCH))
+    assert len(module.losses) == 4
+
+
+class Dies(Classifier):
+    def training_step(self, batch, batch_idx):
+        if self.dies and batch_idx == 2 and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+def survivor(rank, port, net, folder):
+    torch.set_num_threads(1)
+    environment(rank, port)
+    module = Dies(copy.deepcopy(net))
+    module.dies = True
+    t = trainer(ManifoldMixupCallback(layers=LAYERS), strategy=strategy_of("ddp"), devices=2)
+    try:
+        t.fit(module, DataLoader(data(), BATCH))
+    except (RuntimeError, SystemExit) as error:
+        assert_untouched(module)
+        torch.distributed.destroy_process_group()
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            del os.environ[name]
+        module.dies = False
+        trainer(ManifoldMixupCallback(layers=LAYERS)).fit(module, DataLoader(data(), BATCH))  # fit can be called again
+        assert_untouched(module)
+        (folder / "survived").write_text(type(error).__name__)
+
+
+def test_kill_of_one_rank(tmp_path):
+    torch.manual_seed(0)
+    context = torch.multiprocessing.get_context("spawn")
+    port = free_port()
+    processes = [context.Process(target=survivor, args=(rank, port, Net(), tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert processes[1].exitcode == -signal.SIGKILL
+    assert processes[0].exitcode == 0
+    assert (tmp_path / "survived").exists()

@@ -1,0 +1,169 @@
+"""What must not happen in a step, counted rather than timed: waiting for the device, dense labels, a second softmax."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_manifold_mixup import ManifoldMixupCallback, Mix
+
+# What reads a number from a device, or has a shape that depends on its data.
+WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+
+class Counting(TorchDispatchMode):
+    """Counts, of all operations, those for which a host waits where the data are on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        device = kwargs.get("device")
+        copied = name == "_to_copy" and device is not None and device.type == "cpu" and not kwargs.get("non_blocking")
+        if name in WAITING or (copied and args[0].device.type != "cpu"):
+            self.waits.append(name)
+        output = func(*args, **kwargs)
+        if isinstance(output, Tensor):
+            self.sizes.append(output.numel())
+        return output
+
+
+@pytest.fixture
+def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of all devices but the CPU, where reading lam on the host is no wait."""
+    from lightning_manifold_mixup import interpolation
+
+    monkeypatch.setattr(interpolation, "_contiguous", interpolation._plain)
+
+
+class Classifier(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class CountingSteps(L.Callback):
+    """Counts from the start of a batch, before the mixing callback has it, to its end."""
+
+    def __init__(self) -> None:
+        self.waits: list[list[str]] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.mode = Counting()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.mode.__exit__(None, None, None)
+        self.waits.append(self.mode.waits)
+
+
+def fit(*callbacks: L.Callback, accelerator: str = "cpu") -> None:
+    data = TensorDataset(torch.randn(20, 6), torch.randint(3, (20,)))
+    trainer = L.Trainer(
+        max_epochs=1,
+        callbacks=list(callbacks),
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Classifier(), DataLoader(data, batch_size=5))
+
+
+def waits(*callbacks: L.Callback) -> list[list[str]]:
+    counting = CountingSteps()
+    fit(counting, *callbacks)
+    return counting.waits[1:]  # the layers are checked on the first batch
+
+
+@pytest.mark.usefixtures("device_like")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layers", [["input"], ["net.1"]])
+def test_a_step_waits_no_more_than_one_without(layers: list[str]) -> None:
+    """What Lightning's own step does (it reads nothing here) is all."""
+    assert waits(ManifoldMixupCallback(layers=layers, seed=0)) == waits()
+
+
+def test_the_count_sees_a_wait() -> None:
+    with Counting() as counting:
+        torch.ones(3).sum().item()
+    assert counting.waits == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("device_like")
+def test_mixing_on_a_device_without_data_reads_nothing(transposed: bool) -> None:
+    """A meta tensor has no data: whatever asks for some, raises."""
+    from lightning_manifold_mixup.interpolation import interpolate
+
+    h, lam, permutation = (torch.empty(4, 3), torch.tensor(0.3), torch.arange(4))
+    mixed = interpolate(*(t.to("meta") for t in (h, lam, permutation)), 0, transposed)
+    assert mixed.device.type == "meta"
+
+
+def test_the_loss_of_many_classes_makes_nothing_dense_of_the_labels() -> None:
+    """All large tensors are log-probabilities (and their gradients), no more than for two plain losses."""
+    logits = torch.randn(8, 50_000, requires_grad=True)
+    y = torch.randint(50_000, (8,))
+    mix = Mix(torch.tensor(0.3), torch.randperm(8))
+    with Counting() as two:
+        for labels in (y, y[mix.permutation]):
+            F.cross_entropy(logits, labels)
+    with Counting() as mixed:
+        F.cross_entropy(logits, mix.target(y))
+    assert large(mixed, logits) <= large(two, logits)
+
+
+def large(counting: Counting, logits: Tensor) -> int:
+    return sum(size >= logits.numel() for size in counting.sizes)
+
+
+def test_importing_leaves_the_heavy_packages_alone() -> None:
+    """Beyond what `import lightning` brings in any case."""
+    program = (
+        "import sys, lightning; before = set(sys.modules); import lightning_manifold_mixup; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    new = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"matplotlib", "sklearn", "torchvision", "timm", "triton", "jsonargparse", "rich", "pandas"} & set(new)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; the waits are counted without one above"
+)
+@pytest.mark.parametrize("layers", [["input"], ["net.1"]])
+def test_no_synchronisation_on_a_gpu(layers: list[str]) -> None:
+    class Strict(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        fit(Strict(), ManifoldMixupCallback(layers=layers, seed=0), accelerator="gpu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
