@@ -135,20 +135,17 @@ class ManifoldMixupCallback(pl.Callback):
                 "ManifoldMixupModule brings its own; give it alpha=0 to use another."
             )
 
+        if stage == "fit":  # a resumed run loads its plan after this; another network needs another one
+            self._plan = _Plan()
+
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.layers != "auto":
-            names = resolve_layers(pl_module, [self.layers] if isinstance(self.layers, str) else self.layers)
-            if names != self._plan.layers:
-                self._plan = _Plan(layers=names, seed=self._plan.seed)
-        if self.seed is not None:
-            self._plan.seed = self.seed
-        elif self._plan.seed is None:
-            self._plan.seed = trainer.strategy.broadcast(global_seed())
+        self._make_plan(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
+        self._make_plan(trainer, pl_module)  # again: sharded strategies load checkpoints after on_fit_start
         if self.alpha == 0 or self.probability == 0:
             return
         self._hooks = _Hooks(pl_module)
@@ -211,6 +208,17 @@ class ManifoldMixupCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore()
+
+    def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What the arguments say goes before what a checkpoint says."""
+        if self.layers != "auto":
+            names = resolve_layers(pl_module, [self.layers] if isinstance(self.layers, str) else self.layers)
+            if names != self._plan.layers:
+                self._plan = _Plan(layers=names, seed=self._plan.seed)
+        if self.seed is not None:
+            self._plan.seed = self.seed
+        elif self._plan.seed is None:
+            self._plan.seed = trainer.strategy.broadcast(global_seed())
 
     def _disarm(self) -> None:
         if self._step is not None:
@@ -285,9 +293,8 @@ class ManifoldMixupCallback(pl.Callback):
         for name, hook in hooks.layers.items():
             row = report.row(name)
             hook.settle(row.batch_dims)
-            if row.ambiguous and any(
-                len(shape) == 3 for shape in row.shapes
-            ):  # sequences may be time-major, images not
+            sequence = any(len(shape) == 3 for shape in row.shapes)  # which may be time-major, as no image is
+            if row.ambiguous and sequence:
                 rank_zero_warn(
                     f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The "
                     f"samples are taken to be in dimension {row.batch_dim}; set `batch_dim` to say so, or otherwise."

@@ -301,6 +301,14 @@ class TestNothingIsLeft:
         )
         assert_untouched(module)
 
+    def test_another_network_is_observed_anew(self):
+        callback = ManifoldMixupCallback(layers="auto")
+        trainer(callback).fit(Classifier(), loader())
+        assert callback.state_dict()["layers"] == ["input", "model.conv1", "model.layer1"]
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(108, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+        trainer(callback).fit(Classifier(flat), loader())
+        assert callback.state_dict()["layers"] == ["input", "model.2"]
+
     def test_two_fits_and_two_trainers(self):
         callback = ManifoldMixupCallback(layers=LAYERS, seed=1)
         for _ in range(2):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import growth, imports, mix, step
@@ -42,9 +43,11 @@ def main() -> None:
         parser.error(f"expected sections among {', '.join(sections)}, got {', '.join(sorted(unknown))}")
     for name in arguments.sections or sections:
         section = sections[name]()
-        table = Table(*section.columns, title=section.title, caption=section.notes, caption_justify="left")
+        table = Table(
+            *map(escape, section.columns), title=section.title, caption=escape(section.notes), caption_justify="left"
+        )
         for row in section.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         Console(width=None if Console().is_terminal else 140).print(table)
 
 

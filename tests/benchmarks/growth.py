@@ -41,7 +41,7 @@ def run(measure: Measure, plot: Path | None = None) -> Section:
         section.add(title, f"{unit} {', '.join(f'{x:g}' for x in xs)}", listed, f"{growth:.2f}")
     section.notes = (
         "Linear or better: the last column is at most about 1.\n"
-        f"Model: the mix moves 3 states forward and 3 backward (2 reads, 1 write); a copy here moves {copies:.1f} GB/s, "
+        f"Model: the mix moves 3 states forward, 3 backward (2 reads, 1 write); a copy here moves {copies:.1f} GB/s, "
         f"read and written, so a state of s GB takes 6 s / {copies:.1f} seconds.\n{prediction()}"
     )
     if plot:
