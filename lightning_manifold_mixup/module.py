@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetric
 from torchmetrics.classification import MulticlassCalibrationError
@@ -15,6 +14,9 @@ from typing_extensions import override
 
 from lightning_manifold_mixup.callback import AlphaSchedule, ManifoldMixupCallback
 from lightning_manifold_mixup.losses import LossName, SoftLabelLossMixin
+
+if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
+    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 Batch = tuple[Tensor, Tensor]
 

@@ -28,14 +28,13 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -51,6 +50,9 @@ from lightning_manifold_mixup.mixing import Mix, check_alpha, draw_mix, mixing
 from lightning_manifold_mixup.module import Batch, ManifoldMixupModule, _default_optimizer
 from lightning_manifold_mixup.randomness import generator, global_seed
 from lightning_manifold_mixup.targets import plain
+
+if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
+    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 _PUBLISHED = {"self": (1.0, 0.4), "ema": (100.0, 0.25)}  # w_max and ramp
 

@@ -11,8 +11,9 @@ import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_manifold_mixup.layers import eligible_layers, is_training_forward, observe
+from lightning_manifold_mixup.layers import eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
+from lightning_manifold_mixup.mixing import is_training_forward
 from lightning_manifold_mixup.targets import MixedTarget
 
 

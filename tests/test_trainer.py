@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -467,6 +467,22 @@ class TestLogging:
         losses = [float(row[f"manifold_mixup/loss/{layer}"]) for row, (layer, _, _) in zip(rows, draws, strict=True)]
         assert losses == pytest.approx(module.losses)
 
+    def test_tensorboard(self, tmp_path):
+        events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        callback = ManifoldMixupCallback(layers=LAYERS, seed=3, log_mixing=True)
+        notes, logger = Draws(callback), TensorBoardLogger(tmp_path)
+        trainer(callback, notes, logger=logger, log_every_n_steps=1, max_epochs=2).fit(Classifier(), loader())
+        scalars = events.EventAccumulator(logger.log_dir).Reload()
+        logged = [event.value for event in scalars.Scalars("manifold_mixup/lam")]
+        assert logged == pytest.approx([lam.item() for _, lam, _ in notes.drawn])
+        assert {f"manifold_mixup/loss/{layer}" for layer, _, _ in notes.drawn} <= set(scalars.Tags()["scalars"])
+
+    def test_says_when_only_the_input_is_left(self):
+        module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES)))
+        with pytest.warns(UserWarning, match="no eligible layer but the input, so this is input mixup"):
+            drawn = train(module, layers="auto")
+        assert {layer for layer, _, _ in drawn} == {None, "input"}
+
     def test_silent_unless_asked(self):
         t = trainer(ManifoldMixupCallback(layers=LAYERS), log_every_n_steps=1)
         t.fit(Classifier(), loader())
@@ -474,7 +490,7 @@ class TestLogging:
 
     def test_says_which_layers_were_chosen(self, caplog):
         logging.getLogger("lightning.pytorch").propagate = True
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch"):  # commands make it quieter
             train(Classifier(), layers="auto")
         [message] = [r.message for r in caplog.records if "Manifold Mixup" in r.message]
         assert "S = {input, model.conv1, model.layer1}" in message

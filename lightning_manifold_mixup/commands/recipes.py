@@ -85,7 +85,7 @@ def about(name: str) -> str:
 
     Example:
         >>> about("cifar10_small-5000")
-        'cifar10_small with 5,000 training images. Cost: 2.5 times that of cifar10_small.'
+        'cifar10_small with 5,000 training images, in as many steps. Cost: that of cifar10_small.'
     """
     head: list[str] = []
     for line in recipes.layers_of(name)[-1].read_text(encoding="utf-8").splitlines():
