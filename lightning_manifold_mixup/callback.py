@@ -18,6 +18,7 @@ from lightning_manifold_mixup import batch as batches
 from lightning_manifold_mixup.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup.criteria import CriterionHooks, criterion_candidates, hand_plain_labels, metrics_of
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers, observe, resolve_layers
+from lightning_manifold_mixup.leaks import Leaks
 from lightning_manifold_mixup.mixing import Mix, MixingHook, check_alpha, draw_mix
 from lightning_manifold_mixup.randomness import generator, global_seed
 from lightning_manifold_mixup.step import Keys, MixedStep, sample_of
@@ -266,7 +267,10 @@ class ManifoldMixupCallback(pl.Callback):
                             batch_dim=self.batch_dim,
                         )
                     )
+                    leaks = stack.enter_context(Leaks())
                     output = training_step(batch, *args, **kwargs)
+                if leaks.found:
+                    raise step.leaked_target(leaks.found)
                 if output is not None:  # otherwise the user skips this batch
                     report = seen.report()
                     if not report.sinks_found:

@@ -210,6 +210,15 @@ class MixedStep:
             "criterion module. Nothing was updated."
         )
 
+    def leaked_target(self, where: str) -> MixingError:
+        """The error for a loss that has read the labels past their superposition."""
+        return MixingError(
+            f"{self._where} {where} read the mixed target as plain labels, so a part of the loss would be that of the "
+            "dominant labels alone. TorchScript, torch.vmap and `torch.tensor(y)` do not know of labels in "
+            "superposition: compute that part with `mixed_loss(function, logits, y)` or in a criterion module (or, for "
+            "a metric, under `torch.no_grad()`). Nothing was updated."
+        )
+
     def _raise_unmixed(self) -> None:
         raise MixingError(
             f"{self._where} expected the output of this layer to be mixed in training_step, but it was not: the layer "

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Self, override
 
@@ -203,7 +204,8 @@ def _kind(tensor: Tensor) -> type[_Superposed]:
 
 def plain(tree: Any) -> Any:
     """The structure with the plain tensors that were shown in place of those in superposition."""
-    return apply_to_collection(tree, _Superposed, _shown, allow_frozen=True)
+    with torch._C.DisableTorchFunctionSubclass():
+        return apply_to_collection(tree, _Superposed, _shown, allow_frozen=True)
 
 
 def labellings(tree: Any) -> list[Tensor]:
@@ -280,6 +282,8 @@ def paired(first: Any, second: Any, superposition: Superposition) -> Any:
 
 # Leaving tensor land: loggers, numpy, printing and tests of closeness get the value shown.
 _SHOWN = {"item", "tolist", "numpy", "__array__", "__float__", "__format__", "isclose", "allclose", "equal"}
+# Of those, the ones with which a loss could go on.
+_LEAVING = {"item", "tolist", "numpy", "__array__"}
 # The same for one number: `if loss < 1`, `loss == expected`. Elementwise comparisons are masks and stay in
 # superposition.
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite"}
@@ -307,6 +311,19 @@ def _name(func: Callable[..., Any]) -> str:
     return func.__name__
 
 
+def _warn_of_leaving(name: str, sources: Iterable[_Superposed]) -> None:
+    """Labels (not the number of hits, not a loss) that differ between the labellings go where nobody can follow."""
+    labels = [s for s in sources if isinstance(s, MixedTarget) and s._mixed]
+    if torch.compiler.is_compiling() or all(torch.equal(s._first, s._second) for s in labels):
+        return
+    rank_zero_warn(
+        f"`{name}` gave the dominant labels of a mixed batch (y where lam >= 1/2, else y[permutation]). That is right "
+        "for metrics and logs. A loss must not be computed from them: use `mixed_loss(function, logits, y)` or a "
+        f"criterion module there. Silence this by `warnings.filterwarnings('ignore', '`{name}` gave the dominant')`.",
+        stacklevel=7,
+    )
+
+
 def _writes(name: str) -> bool:
     """Whether a torch function writes into its first argument."""
     return name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
@@ -322,6 +339,8 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     number = isinstance(args[0], MixedValue) and args[0].ndim == 0 if args else False
     mean_gradient = func is torch.autograd.grad and not kwargs.get("create_graph")
     if not sources or name in _SHOWN or (number and name in _COMPARISONS) or mean_gradient:
+        if name in _LEAVING:
+            _warn_of_leaving(name, sources)
         return func(*_under(args, _shown), **_under(kwargs, _shown))
 
     superposition = sources[0]._superposition

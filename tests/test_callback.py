@@ -1,6 +1,7 @@
 import collections
 import copy
 import dataclasses
+import warnings
 
 import lightning as L
 import pytest
@@ -326,7 +327,7 @@ class TestBatches:
 class Ignores(Classifier):
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return F.nll_loss(self(x).log_softmax(1), torch.from_numpy(y.numpy()))
+        return F.nll_loss(self(x).log_softmax(1), torch.from_numpy(y.shown.numpy()))
 
 
 class SkipsLayer(Classifier):
@@ -354,6 +355,37 @@ class TestChecks:
         )
         for name in ("model.conv1.weight", "model.fc.weight"):
             assert torch.equal(before[name], after[name])
+
+    @pytest.mark.parametrize("layers", [LAYERS, "auto"])
+    @pytest.mark.parametrize("read", [torch.vmap(F.cross_entropy), lambda z, y: F.cross_entropy(z, torch.tensor(y))])
+    def test_one_of_two_losses_reads_plain_labels(self, read, layers):
+        class Leaks(Classifier):
+            def training_step(self, batch, batch_idx):
+                x, y = batch
+                logits = self(x)
+                return F.cross_entropy(logits, y) + self.read(logits, y).mean()
+
+        module = Leaks()
+        module.read = read
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch: that `torch.tensor(y)` copies
+            before, after = self.failing(
+                module,
+                ManifoldMixupCallback(layers=layers),
+                MixingError,
+                r"epoch 0, step 0.*cross_entropy.*\(test_callback.py, line \d+\) read the mixed target as plain.*"
+                r"`mixed_loss\(function, logits, y\)`",
+            )
+        assert all(torch.equal(after[name], before[name]) for name, _ in module.named_parameters())
+
+    def test_a_metric_by_other_means_is_no_loss(self):
+        class Counts(Classifier):
+            def training_step(self, batch, batch_idx):
+                with torch.no_grad():
+                    self.log("nll", torch.vmap(F.cross_entropy)(self(batch[0]), batch[1]).mean())
+                return super().training_step(batch, batch_idx)
+
+        assert len(fit(Counts(), ManifoldMixupCallback(layers=LAYERS))) == 3
 
     def test_layer_not_called(self):
         module = SkipsLayer()
