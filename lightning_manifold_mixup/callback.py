@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -63,7 +64,8 @@ class ManifoldMixupCallback(pl.Callback):
     ``lam * loss(y) + (1 - lam) * loss(y[permutation])``. Module, loss, metrics and data stay as they are. Validation,
     test and predict are not touched.
 
-    Before backward it is checked that the state was mixed at layer k, and that a loss has used the mixed target.
+    Before backward it is checked that the state was mixed at layer k, and that a loss has used the mixed target. A
+    Trainer takes one such callback.
 
     Args:
         alpha: parameter of Beta(alpha, alpha), or a schedule of it (``{start: 0.2, end: 2.0, epochs: 20}`` in YAML). 2
@@ -135,7 +137,11 @@ class ManifoldMixupCallback(pl.Callback):
                 f"Expected one ManifoldMixupCallback in the Trainer, got {len(callbacks)}: a batch is mixed once. A "
                 "ManifoldMixupModule brings its own; give it alpha=0 to use another."
             )
-
+        if stage == "fit" and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                "Expected a `training_step(batch, batch_idx)`, got one that takes its batches from `dataloader_iter`: "
+                "they cannot be mixed on the way. Take `batch` as the argument."
+            )
         if stage == "fit":  # a resumed run loads its plan after this; another network needs another one
             self._plan = _Plan()
 
@@ -326,7 +332,8 @@ class ManifoldMixupCallback(pl.Callback):
         assert self._plan.layers is not None
         values: dict[str, Any] = {
             "manifold_mixup/lam": step.mix.lam,
-            "manifold_mixup/layer": float(self._plan.layers.index(step.layer)),
+            # Not a number: Lightning would copy it to the device, and wait for that.
+            "manifold_mixup/layer": torch.full_like(step.mix.lam, self._plan.layers.index(step.layer)),
         }
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int = 0, trans
     Args:
         h: floating point tensor of any shape and strides; the result has its order of strides (channels_last stays).
         lam: 0-d float32 tensor, on the device of ``h`` or on the host.
-        permutation: (n,) int64 tensor on the device of ``h``, n the size of dimension ``dim``.
+        permutation: (n,) int64 tensor, n the size of dimension ``dim``; best on the device of ``h``.
         dim: the dimension that counts the samples.
         transposed: compute the transpose of that linear map, which is its gradient: sample ``permutation[i]``, not i,
             receives ``lam * h[permutation[i]] + (1 - lam) * h[i]``. Each sample is written once: deterministic.
@@ -30,6 +32,7 @@ def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int = 0, trans
         >>> interpolate(torch.tensor([0.0, 4.0]), torch.tensor(0.75), torch.tensor([1, 0]))
         tensor([1., 3.])
     """
+    permutation = permutation.to(h.device, non_blocking=True)
     if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
         return _plain(h, lam, permutation, dim, transposed)
     if h.is_contiguous():
@@ -42,8 +45,8 @@ def interpolate(h: Tensor, lam: Tensor, permutation: Tensor, dim: int = 0, trans
 
 def _contiguous(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
     if h.device.type == "cpu":
-        return _on_cpu(h, lam.item(), permutation, dim, transposed)
-    if h.device.type == "cuda" and (kernel := _kernel()):
+        return _on_cpu(h, lam, permutation, dim, transposed)
+    if h.device.type == "cuda" and (kernel := _kernel(h.device)):
         return kernel(h, lam, permutation, dim, transposed)
     return _plain(h, lam, permutation, dim, transposed)
 
@@ -54,18 +57,20 @@ def _plain(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bo
     return torch.lerp(partner.to(dtype), h.to(dtype), lam.to(h.device, dtype, non_blocking=True)).to(h.dtype)
 
 
-def _on_cpu(h: Tensor, lam: float, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
+def _on_cpu(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
+    # With a number, half precision is mixed in float32. A tensor is handed over faster, which counts, row by row.
+    weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
     # Row by row there is one pass; but a row must be of one piece, keep all threads busy, and repay the call.
     if h.stride(dim) < _GRAIN * torch.get_num_threads():
-        return h.index_select(dim, permutation.argsort() if transposed else permutation).lerp_(h, lam)
+        return h.index_select(dim, permutation.argsort() if transposed else permutation).lerp_(h, weight)
     mixed = torch.empty_like(h)
     rows, results, partners = h.unbind(dim), mixed.unbind(dim), permutation.tolist()
     for i in _along_cycles(partners):
         j = partners[i]
         if transposed:
-            torch.lerp(rows[i], rows[j], lam, out=results[j])
+            torch.lerp(rows[i], rows[j], weight, out=results[j])
         else:
-            torch.lerp(rows[j], rows[i], lam, out=results[i])
+            torch.lerp(rows[j], rows[i], weight, out=results[i])
     return mixed
 
 
@@ -82,10 +87,22 @@ def _along_cycles(partners: list[int]) -> list[int]:
 
 
 @cache
-def _kernel() -> Callable[..., Tensor] | None:
-    """The kernel for CUDA, imported at its first use; None where there is no Triton (Windows, macOS)."""
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The kernel for a CUDA device; None where there is no Triton (Windows, macOS), or none that works.
+
+    It is tried on two numbers first: Triton needs a C compiler, and not every GPU will do.
+    """
     try:
         from lightning_manifold_mixup.kernels import interpolate as kernel
     except ImportError:
+        return None
+    try:
+        kernel(torch.zeros(2, device=device), torch.tensor(0.5), torch.arange(2, device=device), 0, False)
+    except Exception as error:
+        warnings.warn(
+            f"Triton fails here ({type(error).__name__}: {error}), so Manifold Mixup mixes by two operations of "
+            "PyTorch's, which takes about twice as long. Triton needs a C compiler (`CC`).",
+            stacklevel=2,
+        )
         return None
     return kernel

@@ -49,8 +49,8 @@ class Superposition:
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """``lam * first + (1 - lam) * second``, computed in the wider of their dtype and lam's, returned in theirs."""
         dtype = torch.promote_types(first.dtype, self.lam.dtype)
-        mixed = self.lam * first.to(dtype) + (1 - self.lam) * second.to(dtype)
-        return mixed.to(first.dtype)
+        lam = self.lam.to(first.device, dtype, non_blocking=True)
+        return torch.lerp(second.to(dtype), first.to(dtype), lam).to(first.dtype)
 
     def dominant(self, first: Tensor, second: Tensor) -> Tensor:
         """``first`` where lam >= 1/2, else ``second``, without asking the device for lam."""
@@ -335,7 +335,8 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     kind, _, attribute = name.partition(" ")
     if name in _OBJECT or kind == "set" or (kind == "get" and attribute not in _VALUES):
         return func(*args, **kwargs)
-    sources = [t for t in _tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
+    tensors = list(_tensors((args, kwargs)))
+    sources = [t for t in tensors if isinstance(t, _Superposed) and t._superposition.open]
     number = isinstance(args[0], MixedValue) and args[0].ndim == 0 if args else False
     mean_gradient = func is torch.autograd.grad and not kwargs.get("create_graph")
     if not sources or name in _SHOWN or (number and name in _COMPARISONS) or mean_gradient:
@@ -367,7 +368,7 @@ def _evaluate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     second = function(*_under(args, _second), **_under(kwargs, _second))
     recorded = any(t.requires_grad for t in _tensors((first, second)))
     superposition.used |= recorded
-    labels_only = name in _PICKING or all(isinstance(t, _Superposed) for t in _tensors((args, kwargs)))
+    labels_only = name in _PICKING or all(isinstance(t, _Superposed) for t in tensors)
     mixed = recorded or any(s._mixed and (labels_only or isinstance(s, MixedValue)) for s in sources)
     # The value shown of labels, masks and metrics is computed from the value shown, so that views stay views of it.
     shown = None if recorded or function is _one_hot else func(*_under(args, _shown), **_under(kwargs, _shown))
@@ -491,7 +492,7 @@ def _under(tree: Any, labelling: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return labelling(tree)
     if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
-        return type(tree)(_under(item, labelling) for item in tree)
+        return type(tree)([_under(item, labelling) for item in tree])
     if isinstance(tree, dict):
         return {key: _under(item, labelling) for key, item in tree.items()}
     return tree

@@ -1,6 +1,7 @@
 import json
 from functools import partial
 
+import lightning as L
 import pytest
 import torch
 import torchattacks
@@ -123,6 +124,26 @@ def test_callback_reports_what_the_functions_give(tmp_path, stage, inference_mod
     key = f"{'val' if stage == 'validate' else 'test'}_attacks/fgsm_2_255_accuracy"
     assert t.callback_metrics[key].item() == pytest.approx(rows[1]["accuracy"])
     assert all(p.grad is None for p in module.parameters())
+
+
+class Data(L.LightningDataModule):
+    def test_dataloader(self):
+        return loader()
+
+
+def test_callback_asks_the_data_module_for_the_normalisation(tmp_path):
+    data = Data()
+    data.mean, data.std = MEAN, STD  # as those of this package have them
+    asked = AttackCallback(["4/255"], pgd_steps=2, dirname=str(tmp_path / "asked"))
+    trainer(asked).test(Classifier(), data, verbose=False)
+    told = AttackCallback(["4/255"], MEAN, STD, pgd_steps=2, dirname=str(tmp_path / "told"))
+    trainer(told).test(Classifier(), loader(), verbose=False)
+    assert asked.rows == told.rows
+
+
+def test_normalised_images_of_a_data_module_that_does_not_tell_are_refused():
+    with pytest.raises(ValueError, match="pass the mean and std"):
+        trainer(AttackCallback(["4/255"])).test(Classifier(), Data(), verbose=False)
 
 
 def test_callback_is_reproducible_and_does_not_run_during_fit(tmp_path):

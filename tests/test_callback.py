@@ -550,6 +550,15 @@ class TestBadInput:
         with pytest.raises(TypeError, match="float16 cannot be mixed"):
             fit(Classifier(), ManifoldMixupCallback(layers="input"), DataLoader([batch], batch_size=None))
 
+    @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+    def test_batches_from_an_iterator(self):
+        class Fetches(Classifier):
+            def training_step(self, dataloader_iter):
+                return super().training_step(*next(dataloader_iter)[:2])
+
+        with pytest.raises(MisconfigurationException, match="Take `batch` as the argument"):
+            fit(Fetches(), ManifoldMixupCallback(layers=LAYERS))
+
     def test_detection_targets(self):
         targets = [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)}] * 2
         with pytest.raises(TypeError, match="detection-style targets"):

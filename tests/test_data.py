@@ -723,6 +723,32 @@ class TestSemiSupervised:
             assert torch.equal(first.bincount(), second.bincount())
             assert not torch.equal(first, second)
 
+    @pytest.mark.parametrize("name", ["spirals", "cifar10", "folder in memory", "folder on request"])
+    def test_any_data_module(self, name, tmp_path, monkeypatch):
+        if name == "spirals":
+            wrapped, shape, classes, n = SpiralsDataModule(samples_per_class=20, val_size=6), (2,), 2, 34
+        elif name == "cifar10":
+            from torchvision.datasets import cifar
+
+            write_cifar(tmp_path, 10)
+            monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: True)
+            monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
+            wrapped, shape, classes, n = CIFAR10DataModule(str(tmp_path), val_size=20), (3, 32, 32), 10, 80
+        else:
+            draw_images(tmp_path / "train", 12)
+            in_memory = name.endswith("memory")
+            wrapped = ImageFolderDataModule(str(tmp_path), image_size=6, in_memory=in_memory)
+            shape, classes, n = (3, 6, 6), 3, 36
+        data = SemiSupervisedDataModule(wrapped, 2, labelled_batch_size=2 * classes, unlabelled_batch_size=8)
+        batches = [batch for batch, *_ in data.train_dataloader()]
+        assert len(batches) == -(-n // 8)
+        assert sum(len(batch["unlabelled"][1]) for batch in batches) == n
+        for batch in batches:  # each has every labelled sample once
+            x, y = batch["labelled"]
+            assert x.shape == (2 * classes, *shape)
+            assert x.dtype == batch["unlabelled"][0].dtype == torch.float32
+            assert y.bincount().tolist() == [2] * classes
+
     def test_few_unlabelled_steps_govern_too(self):
         data = self.data(labels_per_class=20, labelled_batch_size=10, unlabelled_batch_size=500)
         assert [len(batch["labelled"][1]) for batch, *_ in data.train_dataloader()] == [10, 10]

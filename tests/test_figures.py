@@ -88,6 +88,20 @@ def test_training_is_reproducible_and_leaves_the_global_generator(small):
     assert not first.training
 
 
+def test_training_does_not_depend_on_the_number_of_threads():
+    """Which rounds sums over a batch in another order: with two threads, the digits' network ends elsewhere."""
+    threads = torch.get_num_threads()
+    weights = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            weights.append(train(bottleneck.problem(), Method(), epochs=4, seed=0).linear.weight)
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*weights)
+
+
 def test_methods_differ(small):
     methods = [Method(), Method(weight_decay=0.1), Method(alpha=2.0), Method(alpha=2.0, layer="input")]
     weights = [train(small, method, 1, 0).linear.weight for method in methods]

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -190,13 +192,35 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str) -> Non
     assert f"st.global.{words}" in assembly
 
 
+@pytest.fixture
+def no_kernel_known() -> Iterator[None]:
+    interpolation._kernel.cache_clear()
+    yield
+    interpolation._kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("no_kernel_known")
 def test_without_triton_the_plain_operations_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning_manifold_mixup.kernels", None)
-    interpolation._kernel.cache_clear()
-    try:
-        assert interpolation._kernel() is None
-    finally:
-        interpolation._kernel.cache_clear()
+    assert interpolation._kernel(torch.device("cpu")) is None
+
+
+@pytest.mark.usefixtures("no_kernel_known")
+def test_a_triton_that_does_not_work_is_said_once_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton raises in a container without a C compiler."""
+
+    def broken(*args: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup.kernels", types.SimpleNamespace(interpolate=broken))
+    with pytest.warns(UserWarning, match=r"Failed to find C compiler.*twice as long"):
+        assert interpolation._kernel(torch.device("cpu")) is None
+    assert interpolation._kernel(torch.device("cpu")) is None  # a second warning would be an error here
+
+
+def test_a_draw_on_the_host_mixes_a_state_on_a_device() -> None:
+    """As in a loop of one's own, where nobody has moved the draw. A meta tensor stands for one on a device."""
+    assert interpolate(torch.empty(4, 3, device="meta"), *draw(4)).device.type == "meta"
 
 
 class TestOnGPU:
@@ -207,8 +231,8 @@ class TestOnGPU:
     @pytest.mark.parametrize(("shape", "dim"), [((128, 64, 8, 8), 0), ((50, 32, 768), 1), ((33, 5001), 0), ((7,), 0)])
     def test_kernel_agrees(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, transposed: bool) -> None:
         h, (lam, permutation) = torch.randn(shape).to(dtype), draw(shape[dim])
-        for on in ("cuda", "cpu"):  # where lam is
-            mixed = interpolate(h.cuda(), lam.to(on), permutation.cuda(), dim, transposed)
+        for on in ("cuda", "cpu"):  # where the draw is
+            mixed = interpolate(h.cuda(), lam.to(on), permutation.to(on), dim, transposed)
             torch.testing.assert_close(mixed.cpu(), formula(h, lam, permutation, dim, transposed))
 
     def test_kernel_keeps_channels_last(self) -> None:

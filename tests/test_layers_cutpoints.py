@@ -11,9 +11,6 @@ from lightning_manifold_mixup.layers.cutpoints import Verdict
 from lightning_manifold_mixup.layers.flow import Flow
 from lightning_manifold_mixup.layers.paths import count_paths, find_sinks
 
-SLOW = {"resnet50", "wide_resnet50_2", "resnext50", "swin_t", "convnext_tiny", "vit_b_16", "densenet121"}
-NETWORKS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in zoo.NETWORKS]
-
 
 def cut_points(report: LayerReport) -> set[str]:
     """The layers judged cut points, the final output among them."""
@@ -21,7 +18,7 @@ def cut_points(report: LayerReport) -> set[str]:
     return {row.name for row in report.rows if row.verdict in found and row.name != "input"}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", zoo.NETWORKS)
 def test_cut_points_and_default_of_known_networks(name):
     torch.manual_seed(0)
     known = zoo.NETWORKS[name]
@@ -54,6 +51,7 @@ def test_final_output_is_no_eligible_layer():
         (zoo.LearnedQueries, "project", Verdict.NO_DATA),
         (zoo.ControlFlow, "c", Verdict.UNCALLED),
         (zoo.DropoutInABranch, "b", Verdict.BYPASSED),
+        (zoo.Ensemble, "members.0.1", Verdict.TRANSFORMED),
     ],
 )
 def test_verdicts(case, layer, verdict):
@@ -141,6 +139,49 @@ def test_every_tensor_of_an_output_has_its_own_batch_dimension():
     assert row.shapes == ((4, 7, 24), (2, 4, 24), (2, 4, 24))
     assert row.batch_dims == (0, 1, 1)
     assert row.batch_dim is None
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_recurrent_layers_say_themselves_where_their_samples_are(size):
+    """By their size alone, 4 states of 2 samples could be two views, and 7 samples of 7 steps either way round."""
+    lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.fc = lstm, nn.Linear(10, 3)
+
+        def forward(self, x):
+            return self.fc(self.lstm(x)[0][:, -1])
+
+    row = eligible_layers(Last(), torch.randn(size, 7, 6)).row("lstm")
+    assert row.eligible
+    assert not row.ambiguous
+    assert row.batch_dims == (0, 1, 1)
+
+
+def test_layers_in_eval_mode_are_refused_in_a_training_step_only():
+    """A frozen part is often kept in eval mode, where a mixing hook, which must leave teachers alone, does nothing."""
+    network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    network[0].eval()
+    report = eligible_layers(network, torch.randn(5, 6))
+    assert report.row("0").verdict is Verdict.EVAL_MODE
+    assert report.default == ["input", "1"]
+    assert eligible_layers(network.eval(), torch.randn(5, 6)).eligible == ["input", "0", "1"]
+
+
+def test_complex_input_is_no_state_that_can_be_mixed():
+    class Magnitude(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc(self.a(x.abs()))
+
+    report = eligible_layers(Magnitude(), torch.randn(5, 6, dtype=torch.cfloat))
+    assert report.row("input").verdict is Verdict.NO_TENSOR
+    assert report.eligible == ["a"]
 
 
 def test_input_beside_token_ids_is_no_whole_state():

@@ -68,6 +68,22 @@ def test_observed_step_of_a_network_is_bitwise_the_same(name):
     assert [key for key in plain if not torch.equal(plain[key], observed[key])] == []
 
 
+@pytest.mark.parametrize("name", ["preact_resnet", "transformer", "lstm"])
+def test_observed_step_in_mixed_precision_is_bitwise_the_same(name):
+    known = zoo.NETWORKS[name]
+    torch.manual_seed(0)
+    network, inputs = known.build(), known.inputs()
+
+    def step(network, *inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(network(*inputs), torch.arange(zoo.BATCH))
+
+    plain = trace_of_a_step(network, inputs, step, observed=False)
+    observed = trace_of_a_step(network, inputs, step, observed=True)
+    assert plain.keys() == observed.keys()
+    assert [key for key in plain if not torch.equal(plain[key], observed[key])] == []
+
+
 @pytest.mark.parametrize("case", zoo.MICRO_CASES, ids=lambda case: case.__name__)
 def test_observed_step_of_a_micro_case_is_bitwise_the_same(case):
     torch.manual_seed(0)

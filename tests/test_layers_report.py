@@ -129,7 +129,7 @@ def test_refusal_for_an_unclear_batch_dimension():
 def test_refusals_of_the_input():
     report = eligible_layers(zoo.LSTMClassifier(), torch.randint(1, 50, (3, 7)))
     assert report.refusal("input") == (
-        "'input' holds no float tensor, and integers cannot be mixed. Valid after it: 'emb'."
+        "'input' holds no float tensor, and integers and complex numbers are not mixed. Valid after it: 'emb'."
     )
 
     class Both(nn.Module):
@@ -142,8 +142,8 @@ def test_refusals_of_the_input():
 
     report = eligible_layers(Both(), torch.randint(9, (3, 5)), torch.randn(3, 6))
     assert report.refusal("input") == (
-        "'input' cannot be mixed as a whole: besides the float tensors, integers enter the network, and what they"
-        " look up would stay unmixed. Valid after it: 'fuse'."
+        "'input' cannot be mixed as a whole: besides the float tensors, integers or complex numbers enter the network,"
+        " and what they bring in would stay unmixed. Valid after it: 'fuse'."
     )
 
 
@@ -152,7 +152,7 @@ def test_table(report):
     assert lines[0].split() == ["layer", "type", "output", "in", "S", "eligible"]
     assert len(lines) == len(report.rows) + 1
     (line,) = (line for line in lines if line.startswith("net.layer1 "))
-    assert line.split("  ")[-1].strip() == "yes: every path runs through it"
+    assert line.split("  ")[-1].strip() == "yes: on every path"
     assert "(3, 8, 16, 16)" in line
     (line,) = (line for line in lines if line.startswith("net.layer1.0.conv1 "))
     assert line.endswith("no: bypassed")
@@ -165,7 +165,7 @@ def test_rich_table(report):
         console.print(report.as_table())
     text = capture.get()
     assert "Layers of Module" in text
-    assert text.count("every path runs through it") == len(report.eligible)
+    assert text.count("yes: on every path") == len(report.eligible)
 
 
 def test_report_is_plain_data(report):

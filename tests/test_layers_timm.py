@@ -66,6 +66,14 @@ SIZED = {
     "mixer_s32_224", "resmlp_12_224", "gmlp_ti16_224", "pit_ti_224", "cait_xxs24_224", "coat_lite_tiny",
     "xcit_nano_12_p16_224", "swin_s3_tiny_224",
 }  # fmt: skip
+# ResNets of all kinds (deep stems, pre-activation, squeeze and excitation): the paper's S.
+DEFAULTS = {
+    "resnet10t": ["input", "layer1", "layer2"],
+    "resnet26d": ["input", "layer1", "layer2"],
+    "legacy_seresnet18": ["input", "layer1", "layer2"],
+    "skresnet18": ["input", "layer1", "layer2"],
+    "resnetv2_18": ["input", "stages.0", "stages.1"],
+}
 BATCH = 5
 SAMPLED = 8
 
@@ -132,5 +140,6 @@ def test_swapping_samples_at_a_layer_swaps_the_logits_exactly_if_it_is_eligible(
             for row in (*sample(report, eligible=True), *sample(report, eligible=False))
         }
     assert len(report.default) > 1
+    assert report.default == DEFAULTS.get(name, report.default)
     assert {row: error for row, error in error.items() if report.row(row).eligible and error > 1e-8} == {}
     assert {row: error for row, error in error.items() if not report.row(row).eligible and error < 1e-6} == {}

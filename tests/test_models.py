@@ -4,8 +4,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_manifold_mixup import ManifoldMixupCallback
+from lightning_manifold_mixup.cli import ManifoldMixupCLI
 from lightning_manifold_mixup.models import (
     MLP,
     BottleneckMLP,
@@ -298,6 +302,43 @@ class TestBuildModel:
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ModuleNotFoundError, match=rf'pip install "lightning-manifold-mixup\[{extra}\]"'):
             build_model(name, 10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls functions that jsonargparse deprecates
+@pytest.mark.parametrize(
+    ("class_path", "init_args", "layers"),
+    [
+        ("torchvision.models.resnet18", {}, ["input", "model.layer1", "model.layer2"]),
+        (
+            "lightning_manifold_mixup.models.build_model",
+            {"name": "timm:resnet10t"},
+            ["input", "model.layer1", "model.layer2"],
+        ),
+        (
+            "lightning_manifold_mixup.models.build_model",
+            {"name": "shufflenet_v2_x0_5"},
+            ["input", "model.stage2", "model.stage3"],
+        ),
+    ],
+)
+def test_a_network_by_name_from_yaml_is_trained_with_manifold_mixup(tmp_path, class_path, init_args, layers):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    network = {"class_path": class_path, "init_args": {**init_args, "num_classes": 6}}
+    model = {
+        "class_path": "lightning_manifold_mixup.ManifoldMixupModule",
+        "init_args": {"model": network, "num_classes": 6},
+    }
+    trainer = {"fast_dev_run": True, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    file = tmp_path / "mine.yaml"
+    data = {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}  # the CLI wants one
+    file.write_text(yaml.safe_dump({"trainer": trainer, "model": model, "data": data}))
+    made = ManifoldMixupCLI(["--config", str(file)], run=False)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 6
+    made.trainer.fit(made.model, DataLoader(TensorDataset(images, labels), batch_size=8))
+    (callback,) = (c for c in made.trainer.callbacks if isinstance(c, ManifoldMixupCallback))
+    chosen = callback.state_dict()["layers"]
+    assert chosen == layers
 
 
 def test_models_and_data_need_no_extra_to_be_imported():

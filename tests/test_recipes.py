@@ -15,6 +15,13 @@ PARN_S = ["input", "model.layer1", "model.layer2"]
 WRN_S = ["input", "model.layer1"]
 PARAMETERS = {"preactresnet18": 11.17e6, "preactresnet34": 21.28e6, "wrn28_10": 36.5e6}
 CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "tinyimagenet": 200}
+HALF = (0.5, 0.5, 0.5)
+AUGMENTATION = {  # of the public code: padding of the crop, flip, mean, standard deviation
+    "cifar10": (2, True, [x / 255 for x in (125.3, 123.0, 113.9)], [x / 255 for x in (63.0, 62.1, 66.7)]),
+    "cifar100": (2, True, [x / 255 for x in (129.3, 124.1, 112.4)], [x / 255 for x in (68.2, 65.4, 70.4)]),
+    "svhn": (2, False, HALF, HALF),
+    "tinyimagenet": (4, True, HALF, HALF),
+}
 
 
 def schedule(data: str, network: str, code: bool) -> tuple[int, list[int]]:
@@ -100,6 +107,13 @@ def _check_model(row: str) -> None:
     assert configured["lr_scheduler"]["interval"] == "epoch"
     assert cli.datamodule.batch_size == 100
     assert cli.datamodule.val_size == "test"
+    assert (cli.datamodule.padding, cli.datamodule.flip) == (None, None)  # the data's own
+    vars(cli.datamodule)["folder_names"] = ()  # which Tiny-ImageNet's would read from the disk
+    spec = cli.datamodule.spec
+    padding, flip, mean, std = AUGMENTATION[data]
+    assert (spec.padding, spec.flip) == (padding, flip)
+    assert spec.mean == pytest.approx(mean, abs=3e-4)
+    assert spec.std == pytest.approx(std, abs=3e-4)
 
 
 def test_the_files_of_a_row_are_all_used() -> None:

@@ -104,6 +104,7 @@ def test_arguments_go_through_yaml():
     - class_path: lightning_manifold_mixup.evaluation.AttackCallback
       init_args: {epsilons: [0.01, 8/255], mean: [0.4, 0.5, 0.6], std: 0.25}
     - class_path: lightning_manifold_mixup.evaluation.DeformationCallback
+      init_args: {seed: 3, input_key: image}
     - class_path: lightning_manifold_mixup.evaluation.CalibrationCallback
     - class_path: lightning_manifold_mixup.evaluation.RepresentationCallback
       init_args: {layers: [model.3]}
@@ -111,9 +112,10 @@ def test_arguments_go_through_yaml():
     for _ in range(2):
         config = parser.parse_string(text)
         text = parser.dump(config)
-    attack, _, calibration, representation = parser.instantiate_classes(config).callbacks
+    attack, deformation, calibration, representation = parser.instantiate_classes(config).callbacks
     assert attack.epsilons == pytest.approx([0.01, 8 / 255])
     assert (list(attack.mean), attack.std) == ([0.4, 0.5, 0.6], 0.25)
+    assert (deformation.seed, deformation.input_key, deformation.target_key) == (3, "image", 1)
     assert calibration.lams == [0.5, 0.6, 0.7, 0.8, 0.9]
     assert representation.layers == ["model.3"]
 

@@ -129,7 +129,7 @@ class Twice(nn.Module):
 
 def test_hidden_states_errors():
     x = torch.ones(2, 4)
-    with pytest.raises(ValueError, match=r"Twice has no layer 'actt'; did you mean one of \['act'\]"):
+    with pytest.raises(ValueError, match=r"name of a layer of Twice, got 'actt'. Did you mean 'act'"):
         hidden_states(Twice(), x, ["actt"])
     with pytest.raises(ValueError, match=r"layer 'act' to run once in a forward, it ran 2 times"):
         hidden_states(Twice(), x, ["act"])
@@ -151,6 +151,15 @@ def test_hidden_states_of_a_compiled_model():
     compiled(x)  # compiled code that knows no hooks
     _, states = hidden_states(compiled, x, ["0.1"])
     torch.testing.assert_close(states["0.1"], model[1](model[0](x)))
+
+
+def test_globs_are_those_of_the_mixing_callback():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    _, states = hidden_states(model, x, ["0.*", "input", "0"])
+    assert list(states) == ["0.0", "0.1", "input", "0"]  # a glob stays within one part of a name
+    torch.testing.assert_close(states["0.0"], model[0][0](x))
+    assert torch.equal(states["0"], states["0.1"])
 
 
 @pytest.mark.parametrize("pool", [False, True])
@@ -190,7 +199,7 @@ def test_callback_runs_in_the_validation_of_fit_but_not_in_the_sanity_check(tmp_
 
 
 def test_misspelt_layer_stops_fit_at_once():
-    with pytest.raises(ValueError, match=r"no layer 'model.33'; did you mean one of .*'model.3'"):
+    with pytest.raises(ValueError, match=r"got 'model.33'. Did you mean .*'model.3'"):
         trainer(RepresentationCallback(["model.33"]), max_epochs=1).fit(Classifier(), loader(), loader())
     with pytest.raises(ValueError, match="expected a list of layer names, got 'model'"):
         RepresentationCallback("model")

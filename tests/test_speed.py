@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Accuracy
 
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix
 
@@ -26,6 +27,7 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.from_python = 0  # tensors made of Python's numbers
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,6 +37,7 @@ class Counting(TorchDispatchMode):
         copied = name == "_to_copy" and device is not None and device.type == "cpu" and not kwargs.get("non_blocking")
         if name in WAITING or (copied and args[0].device.type != "cpu"):
             self.waits.append(name)
+        self.from_python += name == "lift_fresh"
         output = func(*args, **kwargs)
         if isinstance(output, Tensor):
             self.sizes.append(output.numel())
@@ -62,22 +65,47 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class WithMetric(Classifier):
+    """The same labels go to a metric, and the loss and the metric are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = Accuracy(task="multiclass", num_classes=3, validate_args=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.log_dict({"loss": loss, "accuracy": self.accuracy}, on_step=True, on_epoch=True)
+        return loss
+
+
 class CountingSteps(L.Callback):
-    """Counts from the start of a batch, before the mixing callback has it, to its end."""
+    """Counts from the start of a batch, before the mixing callback has it, to the start of the next."""
 
     def __init__(self) -> None:
         self.waits: list[list[str]] = []
+        self.from_python: list[int] = []
+        self.mode: Counting | None = None
 
     def on_train_batch_start(self, *args: Any) -> None:
+        self.stop()
         self.mode = Counting()
         self.mode.__enter__()
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.mode.__exit__(None, None, None)
-        self.waits.append(self.mode.waits)
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.waits.append(self.mode.waits)
+            self.from_python.append(self.mode.from_python)
+            self.mode = None
 
 
-def fit(*callbacks: L.Callback, accelerator: str = "cpu") -> None:
+def fit(*callbacks: L.Callback, accelerator: str = "cpu", module: type[Classifier] = Classifier) -> None:
     data = TensorDataset(torch.randn(20, 6), torch.randint(3, (20,)))
     trainer = L.Trainer(
         max_epochs=1,
@@ -89,21 +117,52 @@ def fit(*callbacks: L.Callback, accelerator: str = "cpu") -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Classifier(), DataLoader(data, batch_size=5))
+    trainer.fit(module(), DataLoader(data, batch_size=5))
 
 
-def waits(*callbacks: L.Callback) -> list[list[str]]:
+def waits(*callbacks: L.Callback, module: type[Classifier]) -> list[list[str]]:
     counting = CountingSteps()
-    fit(counting, *callbacks)
+    fit(counting, *callbacks, module=module)
+    assert len(counting.waits) == 4
     return counting.waits[1:]  # the layers are checked on the first batch
 
 
 @pytest.mark.usefixtures("device_like")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("layers", [["input"], ["net.1"]])
-def test_a_step_waits_no_more_than_one_without(layers: list[str]) -> None:
-    """What Lightning's own step does (it reads nothing here) is all."""
-    assert waits(ManifoldMixupCallback(layers=layers, seed=0)) == waits()
+@pytest.mark.parametrize("module", [Classifier, WithMetric])
+@pytest.mark.parametrize("log_mixing", [False, True])
+@pytest.mark.parametrize("layers", [["input"], ["net.1"], ["input", "net.1"]])
+def test_a_step_waits_no_more_than_one_without(layers: list[str], log_mixing: bool, module: type[Classifier]) -> None:
+    """What Lightning's own step reads, and the metric's, is all."""
+    ours = ManifoldMixupCallback(layers=layers, log_mixing=log_mixing, seed=0)
+    assert waits(ours, module=module) == waits(module=module)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_logging_sends_no_numbers_to_the_device() -> None:
+    """``torch.tensor(3.0, device="cuda")`` waits until the number is there."""
+    counts = {}
+    for log_mixing in (False, True):
+        counting = CountingSteps()
+        fit(counting, ManifoldMixupCallback(layers=["net.1"], log_mixing=log_mixing, seed=0))
+        counts[log_mixing] = counting.from_python[2:]  # Lightning prepares what it logs at the first time
+    assert counts[True] == counts[False]
+
+
+class Reading(L.Callback):
+    """A callback that waits for the device in each hook where the mixing callback does something."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        module.net[0].bias.sum().item()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        module.net[0].bias.sum().item()
+
+
+def test_the_count_sees_the_waits_of_a_callback() -> None:
+    """At both ends of a batch."""
+    with_reading, without = waits(Reading(), module=Classifier), waits(module=Classifier)
+    assert [len(a) - len(b) for a, b in zip(with_reading, without, strict=True)] == [2, 2, 2]
 
 
 def test_the_count_sees_a_wait() -> None:
@@ -154,16 +213,22 @@ def test_importing_leaves_the_heavy_packages_alone() -> None:
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; the waits are counted without one above"
 )
+@pytest.mark.parametrize("log_mixing", [False, True])
 @pytest.mark.parametrize("layers", [["input"], ["net.1"]])
-def test_no_synchronisation_on_a_gpu(layers: list[str]) -> None:
+def test_no_synchronisation_on_a_gpu(layers: list[str], log_mixing: bool) -> None:
+    """From before the mixing callback starts with a batch until after it has ended with it."""
+
     class Strict(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+            if batch_idx > 1:
+                torch.cuda.set_sync_debug_mode("error")
 
+    class Lenient(L.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
+    ours = ManifoldMixupCallback(layers=layers, log_mixing=log_mixing, seed=0)
     try:
-        fit(Strict(), ManifoldMixupCallback(layers=layers, seed=0), accelerator="gpu")
+        fit(Strict(), ours, Lenient(), accelerator="gpu")
     finally:
         torch.cuda.set_sync_debug_mode("default")

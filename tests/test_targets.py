@@ -1,6 +1,8 @@
 """Every loss of labels in superposition is ``lam * L(y) + (1 - lam) * L(y[permutation])``, value and gradient."""
 
+import collections
 import copy
+import dataclasses
 import pickle
 
 import kornia.losses
@@ -16,6 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_manifold_mixup import MixedTarget, MixingError, draw_mix, mixed_loss
+from lightning_manifold_mixup.batch import get, without
+from lightning_manifold_mixup.step import Keys, MixedStep
 from lightning_manifold_mixup.targets import MixedValue, Superposition, plain
 
 N, C = 8, 5
@@ -411,9 +415,25 @@ def cases(draw):
     loss = draw(
         st.sampled_from(["cross_entropy", "gather", "one_hot", "focal", "masked", "indexing", "mean of squares"])
     )
-    return n, classes, dense, seed, label_dtype, dtype, alpha, view, loss
+    nesting = draw(st.lists(st.sampled_from(list(WRAPPERS)), min_size=1, max_size=3))
+    return n, classes, dense, seed, label_dtype, dtype, alpha, view, loss, nesting
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    other: object
+    part: object
+
+
+NamedPart = collections.namedtuple("NamedPart", "other part")
+
+WRAPPERS = {  # how a batch may hold a part, and the key of that
+    "tuple": (lambda part, other: (other, part), "1"),
+    "list": (lambda part, other: [part, other], "0"),
+    "dict": (lambda part, other: {"other": other, "part": part}, "part"),
+    "named tuple": (lambda part, other: NamedPart(other, part), "part"),
+    "dataclass": (lambda part, other: Part(other, part), "part"),
+}
 VIEWS = {
     "same": lambda t: t,
     "flat": lambda t: t.reshape(-1),
@@ -434,8 +454,8 @@ LOSSES = {
 
 @given(cases())
 @settings(max_examples=2000, deadline=None)
-def test_property_any_view_and_loss_is_the_formula(case):
-    n, classes, dense, seed, label_dtype, dtype, alpha, view, loss = case
+def test_property_any_batch_view_and_loss_is_the_formula(case):
+    n, classes, dense, seed, label_dtype, dtype, alpha, view, loss, nesting = case
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n, *dense), generator=generator).to(label_dtype)
     mix = draw_mix(n, alpha, generator)
@@ -444,9 +464,19 @@ def test_property_any_view_and_loss_is_the_formula(case):
         y = VIEWS[view](y).reshape(-1).long()
         return LOSSES[loss](z, y)
 
+    batch, keys, x = y, [], torch.randn(n, 2)
+    for wrapper in nesting:
+        wrap, key = WRAPPERS[wrapper]
+        batch, keys = wrap(batch, x), [key, *keys]
+    path = ".".join(keys)
+    mixed = MixedStep(nn.Identity(), Keys(inputs=[None], targets=[path]), mix).mixed(batch)
+    assert type(mixed) is type(batch)
+    assert get(batch, path) is y
+    assert list(without(mixed, [path])) == [x] * len(nesting)
+
     count = VIEWS[view](y).numel()
     z = torch.randn(count, classes, generator=generator, dtype=dtype, requires_grad=True)
-    ours = value(z, mix.target(y))
+    ours = value(z, get(mixed, path))
     lam = mix.lam.to(dtype)
     formula = lam * value(z, y) + (1 - lam) * value(z, y[mix.permutation])
     torch.testing.assert_close(plain(ours), formula, equal_nan=True)

@@ -229,6 +229,99 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(32, 5))
 
 
+def mlp_of_blocks() -> nn.Sequential:
+    blocks = [
+        (f"l{index}", nn.Sequential(nn.Linear(width, 32), nn.BatchNorm1d(32), nn.ReLU(True)))
+        for index, width in ((1, 20), (2, 32))
+    ]
+    return nn.Sequential(OrderedDict([("net", nn.Sequential(OrderedDict(blocks))), ("head", nn.Linear(32, 5))]))
+
+
+class CausalBlock(nn.Module):
+    """A block of a GPT: pre-normalised, with a causal mask from a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.attn, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.register_buffer("mask", torch.ones(32, 32).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.attn(self.ln_1(x)).chunk(3, -1)
+        length = x.shape[1]
+        scores = (query @ key.transpose(1, 2)).masked_fill(self.mask[:length, :length] == 0, float("-inf"))
+        x = x + self.proj(scores.softmax(-1) @ value)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Gpt(nn.Module):
+    """Its embedding and its head share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.drop = nn.Embedding(50, 16), nn.Embedding(32, 16), nn.Dropout(0.1)
+        self.h = nn.ModuleList(CausalBlock() for _ in range(4))
+        self.ln_f, self.lm_head = nn.LayerNorm(16), nn.Linear(16, 50, bias=False)
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.drop(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])))
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class FourierNet(nn.Module):
+    """FNet, with its residual sums outside of modules: the whole state is only what normalisations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mix, mlp, norm in zip(self.mix, self.mlps, self.norms, strict=True):
+            x = mix(x + torch.fft.fft2(x).real)
+            x = norm(x + mlp(x))
+        return self.fc(x.mean(1))
+
+
+class PackedLSTM(nn.Module):
+    """A packed sequence has no batch dimension; the last states of both directions have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lstm = nn.Embedding(50, 16), nn.LSTM(16, 12, 2, batch_first=True, bidirectional=True)
+        self.hidden, self.fc = nn.Linear(24, 16), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.emb(ids), lengths, batch_first=True, enforce_sorted=False)
+        _, (states, _) = self.lstm(packed)
+        return self.fc(F.relu(self.hidden(torch.cat([states[-2], states[-1]], 1))))
+
+
+class MixtureOfExperts(nn.Module):
+    """Rows are routed to experts by indices, and their results are added up by indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.gate = nn.Linear(20, 8), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3))
+        self.after, self.fc = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.inp(x))
+        values, chosen = self.gate(h).softmax(1).topk(2, 1)
+        out = torch.zeros_like(h)
+        for index, expert in enumerate(self.experts):
+            rows, ranks = torch.where(chosen == index)
+            out.index_add_(0, rows, expert(h[rows]) * values[rows, ranks, None])
+        return self.fc(F.relu(self.after(out)))
+
+
 def images(size: int = 64) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (torch.randn(BATCH, 3, size, size),)
 
@@ -371,6 +464,21 @@ NETWORKS: dict[str, Network] = {
         r"backbone|backbone\.(conv1|bn1|relu|maxpool|layer\d(\.\d+)?)|classifier(\.\d)?",
         ("input", "backbone.layer1", "backbone.layer2"),
     ),
+    "gpt": Network(Gpt, token_ids(), r"wte|drop|h\.\d|ln_f|lm_head", ("wte", "h.0", "h.1")),
+    "fourier_net": Network(
+        FourierNet,
+        lambda: (torch.randn(BATCH, 6, 8),),
+        r"(mix|norms)\.\d|fc",
+        ("input", "mix.1", "mix.2"),
+    ),
+    "packed_lstm": Network(
+        PackedLSTM,
+        lambda: (torch.randint(1, 50, (BATCH, 7)), torch.tensor([4, 7, 2])),
+        r"emb|hidden|fc",
+        ("emb", "hidden"),
+    ),
+    "mixture_of_experts": Network(MixtureOfExperts, features(), r"inp|after|fc", ("input", "inp")),
+    "mlp_of_blocks": Network(mlp_of_blocks, features(), r"net(\..*)?|head", ("input", "net.l1")),
     "mlp": Network(mlp, features(), r"\d", ("input", "1", "3")),
     "two_inputs": Network(
         TwoInputs,
@@ -869,3 +977,104 @@ class PassedThroughWithoutGrad(Case):
         with torch.no_grad():
             same = self.same(h)
         return self.fc(self.b(h) + same)
+
+
+@micro_case("a", "b", "fc")
+class Codebook(Case):
+    """What is looked up was chosen by the state: `a` is not gone around by it, and neither is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(self.a(x), self.code).argmin(1)
+        return self.fc(F.relu(self.b(self.code[nearest])))
+
+
+@micro_case("fc")
+class CodebookOfTheInput(Case):
+    """The same, chosen by the input itself: what is looked up goes around `a` and `b`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.b(self.a(x))) + self.code[torch.cdist(x, self.code).argmin(1)])
+
+
+@micro_case("a", "fc")
+class StraightThrough(Case):
+    """What is quantised is the value, but the gradient goes around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantised = nn.Hardtanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.fc(h + (self.quantised(h).round() - h).detach())
+
+
+@micro_case("a", "m", "fc")
+class Ensemble(Case):
+    """Members run inside `torch.vmap`, where no hook can replace what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(nn.Sequential(square(), nn.ReLU()) for _ in range(3))
+        self.m = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters, buffers = torch.func.stack_module_state(list(self.members))
+
+        def member(parameters: dict[str, Tensor], buffers: dict[str, Tensor], h: Tensor) -> Tensor:
+            return torch.func.functional_call(self.members[0], (parameters, buffers), (h,))
+
+        return self.fc(self.m(torch.vmap(member, (0, 0, None))(parameters, buffers, self.a(x)).mean(0)))
+
+
+@micro_case("a", "b", "fc")
+class GeneratedWeights(Case):
+    """Weights made by a network of their own, from nothing that depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed, self.hyper = nn.Parameter(torch.randn(3)), nn.Linear(3, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.hyper(self.seed).view(8, 8)
+        return self.fc(F.relu(torch.func.functional_call(self.b, {"weight": weight}, (self.a(x),))))
+
+
+@micro_case("fc")
+class WeightsGeneratedFromTheInput(Case):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hyper = nn.Linear(8, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(torch.bmm(self.hyper(x).view(-1, 8, 8), self.a(x)[..., None])[..., 0]))
+
+
+@micro_case("a", "b", "c", "fc")
+class Parametrised(Case):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.spectral_norm(self.a)
+        self.b = nn.utils.parametrizations.weight_norm(self.b)
+        self.c = nn.utils.parametrizations.orthogonal(self.c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))))
+
+
+@micro_case("a", "fc")
+class SparseMatrices(Case):
+    """Sparse tensors have no memory to be known by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        mixed = torch.sparse.mm(h.to_sparse(), torch.eye(8))
+        return self.fc(self.b(h) + mixed)

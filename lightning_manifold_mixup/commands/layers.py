@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
+from lightning_manifold_mixup import batch as batches
 from lightning_manifold_mixup.cli import PROGRAM, UsageError, asked_for, class_of, console
 from lightning_manifold_mixup.commands.compare import Prepared
-from lightning_manifold_mixup.layers import eligible_layers
+from lightning_manifold_mixup.layers import LayerReport, eligible_layers
 
 _SAMPLES = 5
 """Of the example batch: no usual size of another dimension."""
@@ -42,16 +44,28 @@ def main(args: Sequence[str]) -> None:
         model, inputs = _from_recipe([*config, *rest], shape)
     else:
         model, inputs = _bare(rest), torch.randn(_SAMPLES, *(shape or (3, 64, 64)))
-    console_ = console()
-    report = eligible_layers(model, inputs)
+    report = _observed(model, inputs)
     metrics = {
         name
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Metric | MetricCollection)
     }
     report = replace(report, rows=tuple(row for row in report.rows if row.name not in metrics))
+    console_ = console()
     console_.print(report.as_table())
     console_.print(f"layers='auto' mixes at: {', '.join(report.default) or 'nothing'}", highlight=False)
+
+
+def _observed(model: nn.Module, inputs: Any) -> LayerReport:
+    try:
+        return eligible_layers(model, inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        cause = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{type(model).__name__} does not run on an input of shape {shapes}: {cause.rstrip('.!')}. "
+            "Set --input_shape, such as 3,224,224."
+        ) from error
 
 
 def _from_recipe(args: list[str], shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
@@ -68,25 +82,24 @@ def _from_recipe(args: list[str], shape: tuple[int, ...] | None) -> tuple[nn.Mod
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     batch = next(iter(cli.datamodule.train_dataloader()))
-    found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    return cli.model, found[0][:_SAMPLES]
+    with suppress(ValueError):  # no input to be found in it: take its first tensor
+        batch = batches.get(batch, batches.find(batch, "input", None))
+    return cli.model, next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))[:_SAMPLES]
 
 
 def _bare(args: list[str]) -> nn.Module:
     """Any network: ``--model.class_path`` of a class or function, ``--model.init_args``."""
     parser = ArgumentParser(prog=f"{PROGRAM} layers")
     parser.add_argument("--model", type=nn.Module, required=True)
-    model: nn.Module = parser.instantiate_classes(parser.parse_args(args)).model
+    model: nn.Module = parser.instantiate_classes(parser.parse_args(args, defaults=False)).model
     return model
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"Expected --input_shape to be sizes with commas between, such as 3,32,32, got {text!r}."
-        ) from None
+    sizes = text.split(",")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise UsageError(f"Expected --input_shape to be sizes with commas between, such as 3,32,32, got {text!r}.")
+    return tuple(map(int, sizes))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,10 +33,10 @@ _MULTIPLICATIONS = {"preactresnet18": 0.56e9, "preactresnet34": 1.16e9, "wrn28_1
 _IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "tinyimagenet": 100_000}
 
 _NOTES = f"""
-Error %, NLL: the paper's mean of 5 runs, each at the epoch that was best on the test set. `{PROGRAM} compare` reports
-that epoch, and the last one, which most others report.
-Cost: 6 floating point operations per multiplication of the forward pass, image and epoch. Hours assume 20 TFLOP/s; they
-are computed, not measured.
+Error %, NLL: the paper's mean of 5 runs, each at the epoch that was best on the test set. `{PROGRAM} compare`
+reports that epoch, and the last one, which most others report; `fit` logs the best as val/error_best, tests the last.
+Cost: 6 floating point operations per multiplication of the forward pass, image and epoch. Hours assume 20 TFLOP/s;
+they are computed, not measured.
 -code at the end of a row's name is the public code's convention where it differs from the text: loss bce; 2000 epochs
 with milestones 500, 1000, 1500 (PreActResNets); S = input, layer1, layer2 for WRN-28-10.
 

@@ -171,13 +171,11 @@ class AttackCallback(EvaluationCallback):
 
     Args:
         epsilons: attack strengths in pixel units, as numbers (0.0157) or fractions ("4/255").
-        mean: subtracted from the pixels by the data's normalisation, one number or one per channel.
-        std: divided by in the data's normalisation, one number or one per channel.
+        mean: subtracted from the pixels by the data's normalisation, one number or one per channel. If None, the
+            `mean` of the Trainer's data module, as those of this package have it; 0 if there is none.
+        std: divided by in the data's normalisation, likewise; 1 if there is none.
         pgd_steps: gradient steps of PGD, which starts at a random point; with 0 only FGSM is run.
-        seed: of the callback's own generator, which draws PGD's starting points.
-        dirname: where the files go; the logger's directory if None.
-        input_key: where the images are in a batch: an index, or a key if batches are dicts.
-        target_key: where the class indices are in a batch.
+        kwargs: the arguments of `EvaluationCallback`; `seed` draws PGD's starting points.
 
     Example:
         >>> callback = AttackCallback(["2/255", "4/255"], mean=[0.49, 0.48, 0.45], std=[0.25, 0.24, 0.26])
@@ -189,15 +187,12 @@ class AttackCallback(EvaluationCallback):
     def __init__(
         self,
         epsilons: Sequence[float | str] = ("1/255", "2/255", "4/255", "8/255"),
-        mean: float | Sequence[float] = 0.0,
-        std: float | Sequence[float] = 1.0,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         pgd_steps: int = 10,
-        seed: int = 0,
-        dirname: str | None = None,
-        input_key: int | str = 0,
-        target_key: int | str = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(seed=seed, dirname=dirname, input_key=input_key, target_key=target_key)
+        super().__init__(**kwargs)
         self.epsilons = [float(Fraction(epsilon)) for epsilon in epsilons]
         if not self.epsilons or not all(0 < epsilon <= 1 for epsilon in self.epsilons):
             raise ValueError(f"expected epsilons in pixel units, above 0 and at most 1, got {list(epsilons)}")
@@ -209,9 +204,12 @@ class AttackCallback(EvaluationCallback):
     @override
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:
         model = partial(self.logits, pl_module)
-        attacks = {"fgsm": partial(fgsm, mean=self.mean, std=self.std)}
+        data = getattr(pl_module.trainer, "datamodule", None)
+        mean = getattr(data, "mean", 0.0) if self.mean is None else self.mean
+        std = getattr(data, "std", 1.0) if self.std is None else self.std
+        attacks = {"fgsm": partial(fgsm, mean=mean, std=std)}
         if self.pgd_steps:
-            attacks["pgd"] = partial(pgd, steps=self.pgd_steps, generator=self.generator, mean=self.mean, std=self.std)
+            attacks["pgd"] = partial(pgd, steps=self.pgd_steps, generator=self.generator, mean=mean, std=std)
         self.record("none", adversarial_correct(model, images, target, [0.0])[0])
         for name, attack in attacks.items():
             correct = adversarial_correct(model, images, target, self.epsilons, attack)
@@ -246,7 +244,8 @@ def plot_attacks(ax: Axes, rows: list[Row]) -> None:
         line = clean + [row for row in rows if row["attack"] == name]
         if len(line) > len(clean):
             x = [255 * float(Fraction(row["epsilon"] or 0)) for row in line]
-            ax.plot(x, [100 * row["accuracy"] for row in line], marker=marker, label=name.upper())
+            y = [100 * row["accuracy"] for row in line]
+            ax.plot(x, y, marker=marker, label=name.upper(), clip_on=False)  # whole markers at 0 and 100 %
     ax.set(xlabel="ε (pixel steps of 1/255)", ylabel="accuracy (%)", ylim=(0, 100), title="Accuracy under attack")
     ax.grid(alpha=0.3)
     ax.legend()

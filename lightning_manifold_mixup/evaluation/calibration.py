@@ -152,10 +152,7 @@ class CalibrationCallback(EvaluationCallback):
         lams: points between an image and a random partner of its batch, as weights of the image: 0.5 is halfway. (With
             random partners the other half of the way looks the same.)
         num_bins: of the ECE and of the pictures.
-        seed: of the callback's own generator, which draws partners and noise.
-        dirname: where the files go; the logger's directory if None.
-        input_key: where the images are in a batch: an index, or a key if batches are dicts.
-        target_key: where the class indices are in a batch.
+        kwargs: the arguments of `EvaluationCallback`; `seed` draws partners and noise.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[CalibrationCallback(lams=[0.5])], logger=False, enable_checkpointing=False)
@@ -163,16 +160,8 @@ class CalibrationCallback(EvaluationCallback):
 
     family = "calibration"
 
-    def __init__(
-        self,
-        lams: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
-        num_bins: int = 15,
-        seed: int = 0,
-        dirname: str | None = None,
-        input_key: int | str = 0,
-        target_key: int | str = 1,
-    ) -> None:
-        super().__init__(seed=seed, dirname=dirname, input_key=input_key, target_key=target_key)
+    def __init__(self, lams: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9), num_bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if not all(0 <= lam <= 1 for lam in lams):
             raise ValueError(f"expected lams in [0, 1], got {list(lams)}")
         self.lams = list(lams)

@@ -102,10 +102,7 @@ class DeformationCallback(EvaluationCallback):
     Args:
         fill: value of what comes into view from outside the image, in the units of the batch, one number or one per
             channel. 0 in normalised images is the mean colour.
-        seed: of the callback's own generator, which draws the angles.
-        dirname: where the files go; the logger's directory if None.
-        input_key: where the images are in a batch: an index, or a key if batches are dicts.
-        target_key: where the class indices are in a batch.
+        kwargs: the arguments of `EvaluationCallback`; `seed` draws the angles.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[DeformationCallback()], logger=False, enable_checkpointing=False)
@@ -113,15 +110,8 @@ class DeformationCallback(EvaluationCallback):
 
     family = "deformations"
 
-    def __init__(
-        self,
-        fill: float | Sequence[float] = 0.0,
-        seed: int = 0,
-        dirname: str | None = None,
-        input_key: int | str = 0,
-        target_key: int | str = 1,
-    ) -> None:
-        super().__init__(seed=seed, dirname=dirname, input_key=input_key, target_key=target_key)
+    def __init__(self, fill: float | Sequence[float] = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.fill = fill
 
     @override

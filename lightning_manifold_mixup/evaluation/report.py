@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -95,7 +96,8 @@ def print_table(rows: list[Row], title: str) -> None:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
         table.add_row(*("" if x is None else x if isinstance(x, str) else f"{x:.4f}" for x in row.values()))
-    require("rich.console", "cli").Console().print(table)
+    # wide enough for a table where the output is no terminal
+    require("rich.console", "cli").Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def scalars(rows: Iterable[Row]) -> dict[str, float]:
@@ -147,7 +149,9 @@ class EvaluationCallback(L.Callback, ABC):
 
     family: ClassVar[str]
 
-    def __init__(self, seed: int, dirname: str | None, input_key: int | str, target_key: int | str) -> None:
+    def __init__(
+        self, seed: int = 0, dirname: str | None = None, input_key: int | str = 0, target_key: int | str = 1
+    ) -> None:
         self.seed = seed
         self.dirname = dirname
         self.input_key, self.target_key = input_key, target_key
@@ -199,28 +203,29 @@ class EvaluationCallback(L.Callback, ABC):
         for module in ("matplotlib", "rich"):  # missed now rather than after an hour of attacks
             require(module, "cli")
 
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    @override
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.should_evaluate(trainer):
             self.generator.manual_seed(self.seed + trainer.global_rank)
             self.start()
 
-    def _update(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, dataloader_idx: int) -> None:
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if self.should_evaluate(trainer) and dataloader_idx == 0:
             images, target = self._entry(batch, self.input_key), self._entry(batch, self.target_key)
             with trainer.precision_plugin.forward_context():
                 self.update(pl_module, images, target)
 
-    def _entry(self, batch: Any, key: int | str) -> Tensor:
-        try:
-            return batch[key]  # type: ignore[no-any-return]
-        except (KeyError, IndexError, TypeError):
-            keys = list(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
-            raise KeyError(
-                f"{type(self).__name__} looked for {key!r} in a batch and found {keys}: "
-                "pass `input_key` and `target_key`"
-            ) from None
-
-    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.should_evaluate(trainer):
             return
         name = f"{'test' if trainer.testing else 'val'}_{self.family}"
@@ -239,42 +244,16 @@ class EvaluationCallback(L.Callback, ABC):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(name, figure, trainer.global_step)
 
-    @override
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
-    @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._update(trainer, pl_module, batch, dataloader_idx)
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._update(trainer, pl_module, batch, dataloader_idx)
-
-    @override
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer, pl_module)
-
-    @override
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer, pl_module)
+    def _entry(self, batch: Any, key: int | str) -> Tensor:
+        try:
+            return batch[key]  # type: ignore[no-any-return]
+        except (KeyError, IndexError, TypeError):
+            keys = list(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
+            raise KeyError(
+                f"{type(self).__name__} looked for {key!r} in a batch and found {keys}: "
+                "pass `input_key` and `target_key`"
+            ) from None

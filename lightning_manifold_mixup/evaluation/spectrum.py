@@ -6,8 +6,6 @@ compares the largest with the sum of the others: Manifold Mixup leaves classes w
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,6 +19,7 @@ from typing_extensions import override
 
 from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes, float64_device
 from lightning_manifold_mixup.extras import require
+from lightning_manifold_mixup.layers.names import INPUT, named_layers, resolve_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +29,6 @@ __all__ = ["ClassSpectrum", "RepresentationCallback", "hidden_states", "plot_spe
 
 MAX_BYTES = 2**31
 """What the second moments of one layer may take; 10 classes of 4096 features take 1.25 GiB."""
-
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
 def spectrum_summary(singular_values: Tensor, num_directions: int) -> dict[str, Tensor]:
@@ -181,13 +178,15 @@ def plot_spectrum(ax: Axes, singular_values: Tensor) -> None:
     """
     index = range(1, singular_values.shape[1] + 1)
     marker = "." if len(index) <= 64 else ""
+    ax.locator_params("x", integer=True)
     for c, values in enumerate(singular_values.tolist()):
         ax.plot(index, values, color="C0", alpha=0.35, linewidth=1, marker=marker, label=None if c else "each class")
     ax.plot(index, singular_values.nanmean(0).tolist(), color="k", marker=marker, label="mean over classes")
-    top = singular_values.nan_to_num().max().item()
+    seen = singular_values[singular_values > 0]
     ax.set(xlabel="index", ylabel="singular value", yscale="log")
-    if top > 0:
-        ax.set_ylim(top * 1e-4, top * 2)  # below that is rounding
+    if len(seen):
+        top = seen.max().item()
+        ax.set_ylim(max(seen.min().item() / 2, top * 1e-4), top * 2)  # below 1e-4 is rounding
     ax.legend(loc="upper right")
 
 
@@ -206,8 +205,7 @@ def hidden_states(
     Args:
         model: holds the layers.
         images: (n, ...).
-        layers: names of submodules as in `model.named_modules()`, compilation and checkpointing wrappers left out;
-            "input" is the input itself.
+        layers: names of submodules, and globs, as `ManifoldMixupCallback` takes them; "input" is the input itself.
         pool: average over all dimensions behind the second (positions of images and sequences) instead of flattening.
         forward: runs the model on the images; the model itself if None.
 
@@ -215,7 +213,7 @@ def hidden_states(
         The model's output, and for each layer its states, (n, features).
 
     Raises:
-        ValueError: if a layer does not exist or does not run exactly once.
+        ValueError: if a layer does not exist or does not run exactly once; near misses are named.
         TypeError: if a layer does not give one tensor.
 
     Example:
@@ -224,28 +222,17 @@ def hidden_states(
         >>> states["input"].shape, torch.equal(states["0"].relu(), output)
         (torch.Size([3, 4]), True)
     """
-    seen: dict[str, list[Any]] = {layer: [] for layer in layers}
+    seen: dict[str, list[Any]] = {layer: [] for layer in resolve_layers(model, layers)}
+    modules = named_layers(model)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer, module in _find(model, layers).items():
-            hook = module.register_forward_hook(lambda _, __, out, layer=layer: seen[layer].append(out))
+        for layer in seen.keys() - {INPUT}:
+            hook = modules[layer].register_forward_hook(lambda _, __, out, layer=layer: seen[layer].append(out))
             stack.callback(hook.remove)
         output = (forward or model)(images)
-    if "input" in seen:
-        seen["input"].append(images)
+    if INPUT in seen:
+        seen[INPUT].append(images)
     return output, {layer: _flat(layer, outputs, pool) for layer, outputs in seen.items()}
-
-
-def _find(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules of these names, "input" left out; raises ValueError for an unknown name."""
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        modules.setdefault(_WRAPPERS.sub("", name).lstrip("."), module)
-    for layer in layers:
-        if layer != "input" and layer not in modules:
-            near = difflib.get_close_matches(layer, modules, n=3) or list(modules)[1:6]
-            raise ValueError(f"{type(model).__name__} has no layer {layer!r}; did you mean one of {near}?")
-    return {layer: modules[layer] for layer in layers if layer != "input"}
 
 
 def _flat(layer: str, outputs: list[Any], pool: bool) -> Tensor:
@@ -268,12 +255,10 @@ class RepresentationCallback(EvaluationCallback):
     over classes (`val_representations/model.layer1_rest`), and the figure. Costs one more forward pass per batch.
 
     Args:
-        layers: names of the module's submodules; "input" is the input itself.
+        layers: names of the module's submodules, and globs (`"model.layer*"`); "input" is the input itself.
         pool: average over positions of images and sequences instead of flattening.
         centred: subtract each class's mean.
-        dirname: where the files go; the logger's directory if None.
-        input_key: where the inputs are in a batch: an index, or a key if batches are dicts.
-        target_key: where the class indices are in a batch.
+        kwargs: the arguments of `EvaluationCallback`; nothing random happens here, so `seed` has no effect.
 
     Example:
         >>> callback = RepresentationCallback(layers=["model.layer1", "model.layer2"], pool=True)
@@ -282,16 +267,8 @@ class RepresentationCallback(EvaluationCallback):
 
     family = "representations"
 
-    def __init__(
-        self,
-        layers: Sequence[str],
-        pool: bool = False,
-        centred: bool = True,
-        dirname: str | None = None,
-        input_key: int | str = 0,
-        target_key: int | str = 1,
-    ) -> None:
-        super().__init__(seed=0, dirname=dirname, input_key=input_key, target_key=target_key)
+    def __init__(self, layers: Sequence[str], pool: bool = False, centred: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if isinstance(layers, str) or not layers:
             raise ValueError(f"expected a list of layer names, got {layers!r}")
         self.layers = list(layers)
@@ -310,7 +287,7 @@ class RepresentationCallback(EvaluationCallback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _find(pl_module, self.layers)  # a misspelt name is better known now than after the first epoch
+        resolve_layers(pl_module, self.layers)  # a misspelt name is better known now than after the first epoch
 
     @override
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:

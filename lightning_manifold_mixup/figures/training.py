@@ -124,13 +124,17 @@ def digits() -> tuple[Labelled, Labelled]:
 
 
 def train(problem: Problem, method: Method, epochs: int, seed: int) -> BottleneckMLP:
-    """Trains with Adam through Lightning; the same weights for the same arguments, on the same machine.
+    """Trains with Adam through Lightning; the same weights for the same arguments, on processors of the same kind.
+
+    One thread does all the work: networks this small gain nothing by more, and sums over the samples of a batch would
+    be rounded differently with each number of cores.
 
     Args:
         problem: data and network.
         method: how to train.
         epochs: passes over the training set.
-        seed: of initial weights, order of batches, dropout, noise and mixing. Torch's global generator is put back.
+        seed: of initial weights, order of batches, dropout, noise and mixing. Torch's global generator and number of
+            threads are put back.
 
     Returns:
         The network, in evaluation mode.
@@ -142,7 +146,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
         >>> network(x).shape
         torch.Size([1000, 10])
     """
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), _one_thread(), _quiet():
         torch.manual_seed(seed)
         network = BottleneckMLP(**problem.network, **method.network)
         optimizer = partial(torch.optim.Adam, lr=problem.learning_rate, weight_decay=method.weight_decay)
@@ -173,6 +177,16 @@ def train_all(
     for name, seed in require("rich.progress", "cli").track(jobs, description=f"training {len(jobs)} networks"):
         networks[name].append(train(problem, methods[name], epochs, seed))
     return networks
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_manifold_mixup.layers.cutpoints import Layer, Verdict
 from lightning_manifold_mixup.layers.names import INPUT
@@ -27,7 +28,8 @@ def default_layers(layers: Sequence[Layer]) -> list[str]:
     2. A *stage* is an eligible layer with two weights or more (parameters of two or more dimensions, embeddings aside).
        The units are the stages at the shallowest level where three or more are siblings, else where two are; of
        siblings, those before the first that has branches inside are a stem, and left out.
-    3. In a network without stages, the units are its eligible weights, each with what follows it up to the next.
+    3. In a network without stages, there is a unit for each weight: the last eligible layer before the next weight is
+       used, if any lies between the two.
     4. S is the first element and the first half of the units (rounded up); of more than six, six evenly spaced.
 
     Args:
@@ -42,7 +44,7 @@ def default_layers(layers: Sequence[Layer]) -> list[str]:
         return []
     candidates = [layer for layer in eligible if layer.module is not None and layer.group != first.group]
     units: dict[int, str] = {}
-    for layer in sorted(_stages(candidates, layers) or _per_weight(candidates, layers), key=_order):
+    for layer in sorted(_stages(candidates, layers) or _per_weight(candidates, first), key=_order):
         units.setdefault(layer.group, layer.name)
     half = list(units.values())[: -(-len(units) // 2)]
     room = MAX_LAYERS - 1
@@ -51,17 +53,19 @@ def default_layers(layers: Sequence[Layer]) -> list[str]:
     return [first.name, *half]
 
 
-def weights(module: nn.Module | None, below: bool = True) -> int:
-    """Count the parameters of two or more dimensions in a module, embeddings aside."""
+def weights(module: nn.Module | None) -> int:
+    """Count the weights in a module: parameters of two or more dimensions, embeddings aside.
+
+    A parametrised one (weight normalisation, say, computes one weight from two parameters) counts once.
+    """
     if module is None:
         return 0
-    modules = module.modules() if below else [module]
-    return sum(
-        parameter.ndim >= 2
-        for part in modules
-        if not isinstance(part, _LOOKUPS)
-        for parameter in part.parameters(recurse=False)
-    )
+    total = 0
+    for part in module.modules():
+        own = sum(parameter.ndim >= 2 for parameter in part.parameters(recurse=False))
+        if not isinstance(part, _LOOKUPS):
+            total += min(own, 1) if isinstance(part, ParametrizationList) else own
+    return total
 
 
 def _first(eligible: Sequence[Layer]) -> Layer | None:
@@ -104,25 +108,22 @@ def _stages(candidates: Sequence[Layer], layers: Sequence[Layer]) -> list[Layer]
     return []
 
 
-def _per_weight(candidates: Sequence[Layer], layers: Sequence[Layer]) -> list[Layer]:
-    """Return the units of rule 3: for each eligible weight the last candidate before the next weight."""
-    heavy = [layer for layer in candidates if weights(layer.module)]
-    innermost = [layer for layer in heavy if not any(_inside(other, layer) for other in heavy)]
-    positions = sorted(layer.position for layer in layers if layer.live and weights(layer.module, below=False))
-    units = []
-    for layer in innermost:
-        limit = next((position for position in positions if position > layer.position), float("inf"))
-        last = max(
-            (other for other in candidates if layer.position <= other.position < limit),
-            key=lambda other: other.position,
-        )
-        units.append(min((other for other in candidates if other.group == last.group), key=_outermost_first))
-    return units
+def _per_weight(candidates: Sequence[Layer], first: Layer) -> list[Layer]:
+    """Return the units of rule 3. Of layers that return the same tensor, the outermost."""
+    last: dict[int, Layer] = {}
+    for layer in sorted(candidates, key=lambda layer: layer.position):
+        if layer.depth > first.depth:
+            last[layer.depth] = layer
+    return [
+        min((layer for layer in candidates if layer.group == unit.group), key=_outermost_first)
+        for unit in last.values()
+    ]
 
 
 def _has_branch(stage: Layer, layers: Sequence[Layer]) -> bool:
-    bypassed = (layer for layer in layers if layer.verdict is Verdict.BYPASSED and _inside(layer, stage))
-    return any(weights(layer.module, below=False) for layer in bypassed)
+    return any(
+        layer.verdict is Verdict.BYPASSED and _inside(layer, stage) and weights(layer.module) for layer in layers
+    )
 
 
 def _holds_lookup(module: nn.Module) -> bool:

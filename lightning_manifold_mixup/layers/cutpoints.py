@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -36,27 +37,33 @@ class Call:
         marks: The tensors of content that it returned.
         shapes: Shapes of all tensors of floating point numbers that it returned, in the order of the structure.
         carries_gradient: Whether it ran in a forward pass that is back-propagated.
+        training: Whether it ran in training mode; in eval mode, which is for teachers, nothing is mixed.
+        transformed: Whether it ran inside a transform such as `torch.vmap`.
     """
 
     order: int
     marks: tuple[Mark, ...]
     shapes: tuple[tuple[int, ...], ...]
     carries_gradient: bool
+    training: bool = True
+    transformed: bool = False
 
 
 class Verdict(Enum):
     """What was found about a layer, in the few words of a table."""
 
-    ELIGIBLE = "every path runs through it"
+    ELIGIBLE = "on every path"
     BYPASSED = "bypassed"
     FINAL = "final output"
     REPEATED = "called several times"
     UNCALLED = "never called"
     SCRIPTED = "TorchScript takes no hooks"
+    TRANSFORMED = "runs inside torch.func or torch.vmap"
     UNUSED = "return value not used"
     NO_DATA = "does not depend on the input"
     NO_TENSOR = "returns no float tensor"
     NO_GRADIENT = "runs without gradients"
+    EVAL_MODE = "runs in eval mode"
     NO_BATCH = "no batch dimension"
     UNCLEAR_BATCH = "unclear batch dimension: set batch_dim"
     LOOKED_UP = "integer inputs go around it"
@@ -74,6 +81,7 @@ class Layer:
         verdict: The finding.
         group: Layers of one group return the same tensor.
         position: A number that grows from the input to the logits; -1 if it was not called on the way.
+        depth: How many operations on the way, up to its output, have used weights.
         batch_dims: For each float tensor of its output, which dimension runs over samples, None if none does.
         ambiguous: Whether that was a guess, as dimensions 0 and 1 both have the size of the batch.
     """
@@ -85,6 +93,7 @@ class Layer:
     verdict: Verdict = Verdict.UNCALLED
     group: int = -1
     position: int = -1
+    depth: int = 0
     batch_dims: tuple[int | None, ...] = ()
     ambiguous: bool = False
 
@@ -126,6 +135,7 @@ def analyse(
     # Only what lies on a path: a penalty on the weights, say, follows the logits too.
     on_path = [weight and bool(paths) for weight, paths in zip(flow.weighted, through, strict=True)]
     followed = weights_after(flow.predecessors, on_path)
+    depth = list(accumulate(on_path, initial=0))
 
     layers = [Layer(INPUT, None, calls.get(INPUT, []))]
     layers += [Layer(name, module, calls.get(name, [])) for name, module in named_layers(root).items()]
@@ -133,9 +143,11 @@ def analyse(
         layer.live = [call for call in layer.calls if any(through[mark.node] for mark in call.marks)]
         if layer.live:
             layer.position = max(mark.node for mark in layer.live[0].marks if through[mark.node])
-            layer.batch_dims = tuple(_batch_dim(shape, batch_size, batch_dim) for shape in layer.live[0].shapes)
+            layer.depth = depth[layer.position]
+            layer.batch_dims = _batch_dims(layer.module, layer.live[0].shapes, batch_size, batch_dim)
             shapes = [mark.shape for mark in layer.live[0].marks if through[mark.node]]
-            layer.ambiguous = batch_dim is None and any(shape[:2] == (batch_size, batch_size) for shape in shapes)
+            told_by_size = batch_dim is None and batch_size > 1 and not isinstance(layer.module, nn.RNNBase)
+            layer.ambiguous = told_by_size and any(shape[:2] == (batch_size, batch_size) for shape in shapes)
         layer.verdict = _judge(layer, flow, through, total, followed, batch_size, batch_dim)
     _group(layers, flow, through, total)
     return layers, found
@@ -162,13 +174,20 @@ def _judge(
         return Verdict.LOOKED_UP if layer.name == INPUT else Verdict.BYPASSED
     if not all(call.carries_gradient for call in layer.live):
         return Verdict.NO_GRADIENT
+    if not all(call.training for call in layer.live):
+        return Verdict.EVAL_MODE
     if not any(followed[node] for call in nodes for node in call):
         return Verdict.FINAL
     # A hook mixes all that a layer returns, used or not; of the inputs only those are mixed that are used.
-    shapes = [mark.shape for marks in live for mark in marks]
-    if layer.name != INPUT:
-        shapes = [shape for call in layer.live for shape in call.shapes if shape]
-    without = [shape for shape in shapes if _batch_dim(shape, batch_size, batch_dim) is None]
+    outputs = [call.shapes for call in layer.live]
+    if layer.name == INPUT:
+        outputs = [tuple(mark.shape for mark in marks) for marks in live]
+    without = [
+        shape
+        for shapes in outputs
+        for shape, dim in zip(shapes, _batch_dims(layer.module, shapes, batch_size, batch_dim), strict=True)
+        if dim is None and (shape or layer.name == INPUT)
+    ]
     if any(shape[1:2] == (batch_size,) for shape in without) and batch_dim is None:
         return Verdict.UNCLEAR_BATCH
     return Verdict.NO_BATCH if without else Verdict.ELIGIBLE
@@ -181,6 +200,8 @@ def _why_not_live(layer: Layer) -> Verdict:
         return Verdict.UNCALLED
     if not any(call.shapes for call in layer.calls):
         return Verdict.NO_TENSOR
+    if any(call.transformed for call in layer.calls):
+        return Verdict.TRANSFORMED
     if not any(call.marks for call in layer.calls):
         return Verdict.NO_DATA
     # A pass of the network that no gradient comes back through (a teacher's) is the likelier reason than a result
@@ -222,6 +243,17 @@ def _group(layers: Sequence[Layer], flow: Flow, through: Sequence[int], total: i
             layer.group, groups = groups, groups + 1
         for node in nodes:
             owner[node] = layer
+
+
+def _batch_dims(
+    module: nn.Module | None, shapes: Sequence[tuple[int, ...]], batch_size: int, batch_dim: int | None
+) -> tuple[int | None, ...]:
+    """Return for each shape which dimension runs over samples, None if none does or it is not clear."""
+    if isinstance(module, nn.RNNBase):  # which says so itself, and returns its output first, then its states
+        given: list[int | None] = [0 if module.batch_first else 1, *[1] * (len(shapes) - 1)]
+    else:
+        given = [batch_dim] * len(shapes)
+    return tuple(_batch_dim(shape, batch_size, dim) for shape, dim in zip(shapes, given, strict=True))
 
 
 def _batch_dim(shape: tuple[int, ...], batch_size: int, batch_dim: int | None) -> int | None:

@@ -12,6 +12,7 @@ is what tells a layer's output from another reference to the same memory, and a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -57,20 +58,22 @@ class Flow(TorchFunctionMode):
         # The same by grad_fn, to find what went into kernels that are no torch functions (CUDA extensions, Triton).
         self._behind_grad: dict[Any, tuple[tuple[int, ...], bool]] = {}
         # By memory: the last content written, parameters (with their number of dimensions), what comes from the
-        # targets, and what comes from the input without being content.
+        # targets, and what comes from the input without being content (with the content that it was made from).
         self._latest: dict[int, int] = {}
         self._parameters: dict[int, int] = {}
         self._targets: set[int] = set()
-        self._steering: set[int] = set()
+        self._steering: dict[int, tuple[int, ...]] = {}
         self._state: set[int] = set()
         # A weak reference keeps the address of a storage from being used again, and not its memory alive.
         self._storages: dict[int, StorageWeakRef] = {}
+        self._without_storage: Any = WeakIdKeyDictionary()
+        self._counter = count(-1, -1)
 
     def add_input(self, tensor: Tensor) -> int | None:
         """Make a tensor part of the input; return its node if it is content."""
         key = self._key(tensor)
         if not _is_content(tensor):
-            self._steering.add(key)
+            self._steering[key] = (SOURCE,)
             return None
         self._latest[key] = self._new((SOURCE,), weighted=False)
         return self._latest[key]
@@ -99,7 +102,7 @@ class Flow(TorchFunctionMode):
             The same memory as a tensor that stands for it from here on, and its node; or None if it holds no content.
         """
         node = self.node(tensor)
-        if node is None or tensor.layout != torch.strided or tensor.is_nested:
+        if node is None or tensor.layout != torch.strided or tensor.is_nested or is_transformed(tensor):
             return None
         if not tensor.requires_grad:
             alias = tensor.detach()
@@ -139,7 +142,8 @@ class Flow(TorchFunctionMode):
     def _record(self, reads: list[_Read], results: list[Tensor]) -> None:
         content: dict[int, None] = {}
         carrying: dict[int, None] = {}
-        steered = targeted = False
+        origins: dict[int, None] = {}
+        targeted = False
         weight = 0
         for read in reads:
             key = self._key(read.tensor)
@@ -150,24 +154,21 @@ class Flow(TorchFunctionMode):
                 content[node] = None
                 if read.requires_grad:
                     carrying[node] = None
-            steered = steered or key in self._steering
+            origins.update(dict.fromkeys(self._steering.get(key, ())))
             targeted = targeted or key in self._targets
-        looked_up = steered and weight > 0
-        if not (content or steered or targeted or weight):
+        looked_up = bool(origins) and weight > 0
+        if not (content or origins or targeted or weight):
             return
         node = None
         for tensor in results:
             key = self._key(tensor)
-            if not _is_content(tensor):
-                if content or steered:
-                    self._steering.add(key)
-            elif content or looked_up:
+            if _is_content(tensor) and (content or looked_up):
                 if node is None:
-                    node = self._new(tuple(content) or (SOURCE,), weighted=weight >= 2)
+                    node = self._new(content or origins, weighted=weight >= 2)
                 self._enter(tensor, node)
-            elif steered:
-                self._steering.add(key)
-            elif weight:
+            elif content or origins:
+                self._steering[key] = tuple(content | origins)
+            elif weight and _is_content(tensor):
                 self._parameters[key] = weight
             if targeted and carrying:
                 self._targets.discard(key)
@@ -243,7 +244,9 @@ class Flow(TorchFunctionMode):
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # sparse tensors, and those inside torch.func transforms
-            return -id(tensor)
+            if tensor not in self._without_storage:
+                self._without_storage[tensor] = next(self._counter)
+            return int(self._without_storage[tensor])
         key: int = storage._cdata
         if key not in self._storages:
             self._storages[key] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -269,6 +272,11 @@ def _value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if name.endswith("_as") or name == "to":
         return args[:1]
     return args, kwargs
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor lives inside a transform such as `torch.vmap`, and does not know its own gradient."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_content(tensor: Tensor) -> bool:

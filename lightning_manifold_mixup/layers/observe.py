@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, analyse
-from lightning_manifold_mixup.layers.flow import Flow, tensors
+from lightning_manifold_mixup.layers.flow import Flow, is_transformed, tensors
 from lightning_manifold_mixup.layers.names import INPUT, named_layers
 from lightning_manifold_mixup.layers.report import LayerReport, make_report
 from lightning_manifold_mixup.mixing import is_training_forward
@@ -57,7 +57,7 @@ class Observation:
         marks, shapes = [], []
         for tensor in tensors(inputs):
             node = self._flow.add_input(tensor)
-            if node is not None:
+            if node is not None and tensor.is_floating_point():  # complex numbers are content, and are not mixed
                 marks.append(Mark(node, tuple(tensor.shape)))
                 shapes.append(tuple(tensor.shape))
         self._calls[INPUT] = [Call(-1, tuple(marks), tuple(shapes), carries_gradient=True)]
@@ -75,15 +75,18 @@ class Observation:
                 return None  # a checkpoint recomputing in backward: no new forward pass
             with torch._C.DisableTorchFunction():
                 leaves, structure = tree_flatten(output)
-                marks, shapes = [], []
+                marks, shapes, transformed = [], [], False
                 for index, leaf in enumerate(leaves):
                     if isinstance(leaf, Tensor) and leaf.is_floating_point():
                         shapes.append(tuple(leaf.shape))
+                        transformed = transformed or is_transformed(leaf)
                         marked = self._flow.mark(leaf)
                         if marked is not None:
                             leaves[index], node = marked
                             marks.append(Mark(node, tuple(leaf.shape)))
-                call = Call(self._order, tuple(marks), tuple(shapes), carries_gradient=is_training_forward())
+                # A network that is in eval mode as a whole is only looked at, and will be trained later.
+                training = module.training or not self._root.training
+                call = Call(self._order, tuple(marks), tuple(shapes), is_training_forward(), training, transformed)
             self._order += 1
             for name in names:
                 self._calls.setdefault(name, []).append(call)

@@ -128,7 +128,10 @@ class LayerReport:
         Raises:
             ModuleNotFoundError: If rich is not installed; the message has the pip command.
         """
-        table: Table = require("rich.table", "cli").Table(*_HEADINGS, title=f"Layers of {self.model}")
+        table: Table = require("rich.table", "cli").Table(title=f"Layers of {self.model}")
+        for heading in _HEADINGS:
+            # Where it is too wide, the type is cut short: a name is there to be copied.
+            table.add_column(heading, no_wrap=heading != "type", overflow="ellipsis")
         for row in self.rows:
             style = "bold green" if row.selected else None if row.eligible else "dim"
             table.add_row(*_cells(row), style=style)
@@ -205,20 +208,24 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
             )
         case Verdict.SCRIPTED:
             return f"{name} is compiled by TorchScript, which takes no hooks"
+        case Verdict.TRANSFORMED:
+            return f"{name} runs inside torch.func or torch.vmap, where its output cannot be replaced"
         case Verdict.UNUSED:
             return f"{name} is called, but the loss does not depend on what it returns"
         case Verdict.NO_DATA:
             return f"{name} returns what does not depend on the input, so there is nothing to mix"
         case Verdict.NO_TENSOR if row.name == INPUT:
-            return f"{name} holds no float tensor, and integers cannot be mixed"
+            return f"{name} holds no float tensor, and integers and complex numbers are not mixed"
         case Verdict.NO_TENSOR:
             return f"{name} returns no float tensor that could be replaced by a mixed one (its type is {row.type})"
         case Verdict.NO_GRADIENT:
             return f"{name} runs under torch.no_grad(), outside of the part that is trained"
+        case Verdict.EVAL_MODE:
+            return f"{name} runs in eval mode, in which nothing is mixed"
         case Verdict.LOOKED_UP:
             return (
-                f"{name} cannot be mixed as a whole: besides the float tensors, integers enter the network, and what"
-                " they look up would stay unmixed"
+                f"{name} cannot be mixed as a whole: besides the float tensors, integers or complex numbers enter the"
+                " network, and what they bring in would stay unmixed"
             )
         case Verdict.UNCLEAR_BATCH:
             return (

@@ -30,6 +30,16 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **kwargs: Any
         in_channels: channels of the input images. torchvision's models take 3; fully connected ones take `in_features`.
         kwargs: passed on to the model: ``initial_channels``, ``stride``, ``dropout``, ``widths``, ...
 
+    In YAML (a function, unlike a class, has to be told `num_classes`; `kwargs` go under ``dict_kwargs``)::
+
+        model:
+          class_path: lightning_manifold_mixup.ManifoldMixupModule
+          init_args:
+            model:
+              class_path: lightning_manifold_mixup.models.build_model
+              init_args: {name: "timm:resnet18", num_classes: 10}
+              dict_kwargs: {drop_rate: 0.1}
+
     Raises:
         ValueError: for an unknown name (the message has near misses), or channels that the model cannot take.
         ModuleNotFoundError: if torchvision or timm is needed and not installed; the message has the pip command.

@@ -140,12 +140,16 @@ def read(files: Iterable[Path]) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay one configuration over another: dicts key by key, all else is replaced.
+    """Lay one configuration over another: dicts key by key, all else is replaced, the arguments of another class too.
 
     Example:
         >>> merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}})
         {'a': {'b': 1, 'c': [3]}}
+        >>> merge({"class_path": "StepLR", "init_args": {"step_size": 9}}, {"class_path": "CosineAnnealingLR"})
+        {'class_path': 'CosineAnnealingLR'}
     """
+    if {"class_path"} <= below.keys() & above.keys() and below["class_path"] != above["class_path"]:
+        below = {key: value for key, value in below.items() if key != "init_args"}
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

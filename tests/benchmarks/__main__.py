@@ -1,4 +1,4 @@
-"""Run all benchmarks, or some: ``python -m tests.benchmarks [mix] [step] [growth] [imports] [--plot growth.png]``.
+"""Run all benchmarks, or some: ``python -m tests.benchmarks [mix] [step] [layers] [growth] [imports] [--plot PNG]``.
 
 From the root of the repository; about ten minutes on one core. All numbers are ratios of medians of things done in turn
 in one process, unless a unit is given.
@@ -15,19 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import growth, imports, mix, step
+from . import bench_layers, growth, imports, mix, step
 from .measure import Measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section", help="mix, step, growth, imports; none: all of them")
+    parser.add_argument(
+        "sections", nargs="*", metavar="section", help="mix, step, layers, growth, imports; all if none"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--threads", type=int, default=1, help="1: processor time, for shared machines; more: wall clock"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the mix and of growth")
-    parser.add_argument("--rounds", type=int, default=2, help="fits of each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="fits of each kind")
     parser.add_argument("--plot", type=Path, help="where to save the plot of growth, a PNG")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -35,6 +37,7 @@ def main() -> None:
     sections = {
         "mix": partial(mix.run, measure),
         "step": partial(step.run, measure, arguments.rounds),
+        "layers": partial(bench_layers.run, measure, arguments.rounds),
         "growth": partial(growth.run, measure, arguments.plot),
         "imports": partial(imports.run, measure),
     }

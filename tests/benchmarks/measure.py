@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import sys
 import time
@@ -34,6 +35,7 @@ class Measure:
 
     device: str = "cpu"
     seconds: float = 3.0
+    _before: int = 0
 
     def now(self) -> float:
         """The time, in seconds, when all that was asked of the device is done."""
@@ -56,22 +58,57 @@ class Measure:
 
     @contextmanager
     def peak(self) -> Iterator[list[int]]:
-        """Appends the largest number of bytes held at a time, beyond those held at the start."""
+        """Appends the largest number of bytes held at a time, beyond those held at the start.
+
+        After a call of :meth:`from_here` inside, beyond those held then. On the CPU, memory from before the start is
+        not seen to be freed.
+        """
         result: list[int] = []
         if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            self.from_here()
             yield result
-            result.append(torch.cuda.max_memory_allocated() - before)
+            result.append(torch.cuda.max_memory_allocated() - self._before)
             return
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            yield result
-        events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-        held = largest = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            largest = max(largest, held)
-        result.append(largest)
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with quiet():
+            profile.__enter__()
+        yield result
+        with quiet():
+            profile.__exit__(None, None, None)
+        held = start = largest = 0
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == FROM_HERE:
+                start = largest = held
+            elif event.name() == "[memory]":
+                held += event.nbytes()
+                largest = max(largest, held)
+        result.append(largest - start)
+
+    def from_here(self) -> None:
+        """What is held now is what the peak is counted from."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            with torch.profiler.record_function(FROM_HERE):
+                pass
+
+
+FROM_HERE = "the peak is counted from here"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing on standard error, not from C++ either: the profiler tells when it starts, and that there is no GPU."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclass

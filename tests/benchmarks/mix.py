@@ -29,9 +29,10 @@ def run(measure: Measure) -> Section:
     keep_memory()
     section = Section(
         "The mix: time over that of a copy (forward and backward each)",
-        ["state", "dtype", "layout", "forward", "backward", "lam*h+(1-lam)*h[p]", "target"],
+        ["state", "dtype", "layout", "forward", "backward", "target", "torch.lerp", "lam*h+(1-lam)*h[p]"],
         [],
-        "`lam*h+(1-lam)*h[p]`: the formula as it stands, forward and backward, over a copy each way.\n"
+        "`torch.lerp`: of two states, one operation that permutes nothing, forward.\n"
+        "`lam*h+(1-lam)*h[p]`: the formula as it stands, forward and backward.\n"
         "Limit of the memory: 1.33 (two reads, one write) where a partner is not in the cache.",
     )
     for shape in SHAPES:
@@ -52,6 +53,7 @@ def row(measure: Measure, h: Tensor, layout: str, dim: int) -> list[str]:
     lam = mix.lam.to(h.dtype)
     copied, mixed = Copy.apply(h), mix(h, dim)
     naive = lam * h + (1 - lam) * h.index_select(dim, mix.permutation)
+    first, second, number = h.detach(), mixed.detach(), mix.lam.item()
     gradient = torch.empty_like(mixed).copy_(mixed.detach())
 
     def backward(output: Tensor) -> None:
@@ -62,6 +64,7 @@ def row(measure: Measure, h: Tensor, layout: str, dim: int) -> list[str]:
             "copy": lambda: Copy.apply(h),
             "mix": lambda: mix(h, dim),
             "naive": lambda: lam * h + (1 - lam) * h.index_select(dim, mix.permutation),
+            "lerp": lambda: torch.lerp(second, first, number),
             "copy back": lambda: backward(copied),
             "mix back": lambda: backward(mixed),
             "naive back": lambda: backward(naive),
@@ -74,6 +77,7 @@ def row(measure: Measure, h: Tensor, layout: str, dim: int) -> list[str]:
         layout,
         f"{times['mix'] / times['copy']:.2f}",
         f"{times['mix back'] / times['copy back']:.2f}",
-        f"{naive_ratio:.2f}",
         f"{TARGET}" if h.nbytes > LARGE else "-",
+        f"{times['lerp'] / times['copy']:.2f}",
+        f"{naive_ratio:.2f}",
     ]

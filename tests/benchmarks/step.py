@@ -6,7 +6,6 @@ import logging
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -50,11 +49,31 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9)
 
 
-class OneHot(Classifier):
-    """One-hot labels made on the host, the state mixed by two multiplications, a loss of soft labels."""
+class Peer(Classifier):
+    """Somebody's own mixing, in every second batch, as the callback here."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
+        return self.mixed_step(*batch) if is_mixed(batch_idx) else super().training_step(batch, batch_idx)
+
+    def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class EverySecond(ManifoldMixupCallback):
+    """So that mixed steps and others are timed in turn, and in one fit."""
+
+    def should_mix(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        return is_mixed(batch_idx)
+
+
+def is_mixed(batch_idx: int) -> bool:
+    return batch_idx % 2 == 1
+
+
+class OneHot(Peer):
+    """One-hot labels made on the host, the state mixed by two multiplications, a loss of soft labels."""
+
+    def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         mix = draw_mix(len(x))
         lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
         handle = self.get_submodule(self.layer).register_forward_hook(
@@ -67,11 +86,10 @@ class OneHot(Classifier):
         return -(target * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
-class Rebound(Classifier):
+class Rebound(Peer):
     """The layer's ``forward`` replaced for the step, the loss of both labellings."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
+    def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         mix = draw_mix(len(x))
         lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
         layer = self.get_submodule(self.layer)
@@ -87,11 +105,10 @@ class Rebound(Classifier):
         return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
 
 
-class TwoForwards(Classifier):
+class TwoForwards(Peer):
     """The partners have a forward pass of their own, up to the layer."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
+    def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         mix = draw_mix(len(x))
         lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
         kept: list[Tensor] = []
@@ -112,11 +129,10 @@ class TwoForwards(Classifier):
         return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
 
 
-class PerSample(Classifier):
+class PerSample(Peer):
     """A lam for each sample, and ``torch.lerp``."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
+    def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         permutation = torch.randperm(len(x), device=x.device)
         lam = torch.rand(len(x), device=x.device)
         handle = self.get_submodule(self.layer).register_forward_hook(
@@ -130,7 +146,7 @@ class PerSample(Classifier):
 
 
 class Spy(L.Callback):
-    """Times the steps, the first ones aside; or takes the peak of memory of the last."""
+    """Times the steps, the first ones aside; or takes the peak of memory of the last, beyond what is held before it."""
 
     def __init__(self, measure: Measure, steps: int, memory: bool = False) -> None:
         self.measure, self.steps, self.memory = measure, steps, memory
@@ -138,16 +154,20 @@ class Spy(L.Callback):
         self.peak = 0
         self._start = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        now = self.measure.now()
-        if batch_idx > WARM_UP and not self.memory:
-            self.times.append(now - self._start)
-        if self.memory and batch_idx == self.steps - 1:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if self.memory:
             self._peak = self.measure.peak()
             self._result = self._peak.__enter__()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        now = self.measure.now()
+        if batch_idx > WARM_UP:
+            self.times.append(now - self._start)
+        if self.memory and batch_idx == self.steps - 1:
+            self.measure.from_here()
         self._start = self.measure.now()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         if self.memory:
             self._peak.__exit__(None, None, None)
             self.peak = self._result[0]
@@ -174,60 +194,62 @@ def fit(measure: Measure, module: Classifier, shape: tuple[int, ...], classes: i
 
 Method = tuple[type[Classifier], Callable[[str], list[L.Callback]]]
 
-PLAIN: dict[str, Method] = {"without": (Classifier, lambda layer: [])}
-OURS: dict[str, Method] = {
-    "callback": (Classifier, lambda layer: [ManifoldMixupCallback(alpha=1.0, layers=[layer], seed=0)])
-}
-PEERS: dict[str, Method] = {
-    "one-hot on the host, two products": (OneHot, lambda layer: []),
-    "forward rebound": (Rebound, lambda layer: []),
-    "two forwards": (TwoForwards, lambda layer: []),
-    "lam per sample, lerp": (PerSample, lambda layer: []),
+
+def no_callbacks(layer: str) -> list[L.Callback]:
+    return []
+
+
+METHODS: dict[str, Method] = {
+    "callback": (Classifier, lambda layer: [EverySecond(alpha=1.0, layers=[layer], seed=0)]),
+    "callback, at the input": (Classifier, lambda layer: [EverySecond(alpha=1.0, layers=["input"], seed=0)]),
+    "one-hot on the host, two products": (OneHot, no_callbacks),
+    "forward rebound": (Rebound, no_callbacks),
+    "two forwards": (TwoForwards, no_callbacks),
+    "lam per sample, lerp": (PerSample, no_callbacks),
 }
 
 
 def networks(measure: Measure) -> Iterator[tuple[str, nn.Module, str, tuple[int, ...], int, int, float]]:
     """Name, network, layer, input, classes, steps of a fit, target."""
     small = measure.device == "cpu"  # what a core does in minutes
-    yield "MLP 3x512, batch 512", MLP(784, 10, (512, 512, 512)), "model.layer1", (512, 784), 10, 60, 1.15
+    yield "MLP 3x512, batch 512", MLP(784, 10, (512, 512, 512)), "model.layer1", (512, 784), 10, 61, 1.15
     net = preact_resnet18(10, initial_channels=16 if small else 64)
     name = "PreActResNet18, width 16" if small else "PreActResNet18"
-    yield f"{name}, batch 128", net, "model.layer1", (128, 3, 32, 32), 10, 6 if small else 60, 1.01
+    yield f"{name}, batch 128", net, "model.layer1", (128, 3, 32, 32), 10, 13 if small else 61, 1.01
     vit = timm.create_model("vit_small_patch16_224", num_classes=1000)
     n = 2 if small else 128
-    yield f"ViT-S/16, batch {n}", vit, "model.blocks.2", (n, 3, 224, 224), 1000, 6 if small else 60, 1.01
+    yield f"ViT-S/16, batch {n}", vit, "model.blocks.2", (n, 3, 224, 224), 1000, 13 if small else 61, 1.01
 
 
 def run(measure: Measure, rounds: int = 3) -> Section:
     section = Section(
-        "The step: with mixing at a layer over without, through the Trainer; and the same as others write it",
-        ["network", "method", "time", "target", "peak MB", "beyond plain, in outputs of the layer"],
+        "The step: mixing at a layer over a step without, through the Trainer; and the same as others write it",
+        ["network", "method", "time", "target", "peak MB", "beyond plain MB", "one output MB"],
         [],
-        "Fits in turn, medians of all steps. Memory: of one step; target: at most 1 output of the layer beyond plain.",
+        "Time: every second batch is mixed; the median of mixed steps over the steps just before them.\n"
+        "Memory: the peak of a mixed step; target: at most one output of the mixed layer beyond plain.",
     )
     for name, net, layer, shape, classes, steps, target in networks(measure):
-        methods = PLAIN | OURS | PEERS
-        fits = {
-            method: partial(fit, measure, kind(net, layer), shape, classes) for method, (kind, _) in methods.items()
-        }
-        times: dict[str, list[float]] = {method: [] for method in methods}
+        ratios: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(rounds):
-            for method, (_, callbacks) in methods.items():
-                times[method] += fits[method](steps, callbacks=callbacks(layer)).times
+            for method, (kind, callbacks) in METHODS.items():
+                times = fit(measure, kind(net, layer), shape, classes, steps, callbacks=callbacks(layer)).times
+                ratios[method] += [mixed / plain for plain, mixed in zip(times[::2], times[1::2], strict=False)]
         peaks = {
-            method: fits[method](WARM_UP + 2, callbacks=callbacks(layer), memory=True).peak
-            for method, (_, callbacks) in methods.items()
+            method: fit(measure, kind(net, layer), shape, classes, WARM_UP + 2, callbacks=each(layer), memory=True).peak
+            for method, (kind, each) in ({"without": (Classifier, no_callbacks)} | METHODS).items()
         }
         output = size_of_output(net, layer, shape)
-        plain = statistics.median(times["without"])
-        for method, each in times.items():
+        section.add(name, "without", "1", "", f"{peaks['without'] / 2**20:.2f}", "", "")
+        for method, each in ratios.items():
+            ours = METHODS[method][0] is Classifier
+            one = 4 * torch.Size(shape).numel() if "input" in method else output
             section.add(
-                name if method == "without" else "",
+                "",
                 method,
-                f"{statistics.median(each) / plain:.3f}",
-                f"{target}" if method == "callback" else "",
-                f"{peaks[method] / 2**20:.1f}",
-                f"{(peaks[method] - peaks['without']) / output:+.2f}",
+                f"{statistics.median(each):.3f}",
+                target if ours else "",
+                *(f"{size / 2**20:.2f}" for size in (peaks[method], peaks[method] - peaks["without"], one)),
             )
     return section
 
