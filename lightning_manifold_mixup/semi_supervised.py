@@ -253,15 +253,19 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
 
     def _parts(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Labelled inputs, their labels, and unlabelled inputs if these are used."""
-        wanted = ("labelled", "unlabelled") if self.w_max else ("labelled",)
-        if not (isinstance(batch, Mapping) and all(part in batch for part in wanted)):
+        parts = batch if isinstance(batch, Mapping) else {}
+        labelled: Any = parts.get("labelled")
+        u: Any = parts.get("unlabelled") if self.w_max else None
+        u = u[0] if isinstance(u, (tuple, list)) and u else u
+        is_pair = isinstance(labelled, (tuple, list)) and len(labelled) == 2
+        if not is_pair or (self.w_max and not isinstance(u, Tensor)):
             raise ValueError(
                 'Expected training batches {"labelled": (x, y), "unlabelled": (x, ...)}, as SemiSupervisedDataModule '
-                f"or a CombinedLoader of two loaders makes them. The batch is:\n{describe(batch)}"
+                'or a CombinedLoader of two loaders in mode "max_size_cycle" makes them. The batch is:\n'
+                f"{describe(batch)}"
             )
-        x, y = batch["labelled"]
-        u = batch["unlabelled"] if self.w_max else None
-        return x, y, u if u is None or isinstance(u, Tensor) else u[0]
+        x, y = labelled
+        return x, y, u
 
     def _generators(self) -> tuple[np.random.Generator, np.random.Generator]:
         """Of the draws that all ranks share (k), and of this rank's own (lam and permutation), for this batch."""
@@ -295,16 +299,21 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
                 f"max_epochs or max_steps (estimated number of steps: {total})."
             )
         self._ramp_steps = self.ramp * total
-        if (
-            self.teacher is not None and self.trainer.global_step == 0
-        ):  # weights may have been loaded since construction
+        if self.teacher is None:
+            return
+        narrow = {str(p.dtype) for p in self.model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+        if narrow:
+            raise MisconfigurationException(
+                f"Expected weights of float32 or wider for an EMA teacher, got {', '.join(narrow)}: what a step adds "
+                'to the average would be rounded away. Use precision="bf16-mixed" or "16-mixed".'
+            )
+        if self.trainer.global_step == 0:  # weights may have been loaded since construction
             self.teacher.load_state_dict(self.model.state_dict())
 
     def _settle_layers(self, x: Tensor) -> None:
         """Chooses S, or checks it, on the first labelled batch."""
-        recomputed: set[nn.Module | None] = (
-            set()
-        )  # in backward, where a layer would not know which of two mixes is meant
+        # in backward, where a layer would not know which of two mixes is meant
+        recomputed: set[nn.Module | None] = set()
 
         def note(layer: nn.Module, args: Any, output: Any) -> None:
             if not torch.is_grad_enabled():

@@ -49,8 +49,8 @@ class Superposition:
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """``lam * first + (1 - lam) * second``, computed in the wider of their dtype and lam's, returned in theirs."""
         dtype = torch.promote_types(first.dtype, self.lam.dtype)
-        lam = self.lam.to(first.device, dtype, non_blocking=True)
-        return torch.lerp(second.to(dtype), first.to(dtype), lam).to(first.dtype)
+        mixed = self.lam * first.to(dtype) + (1 - self.lam) * second.to(dtype)
+        return mixed.to(first.dtype)
 
     def dominant(self, first: Tensor, second: Tensor) -> Tensor:
         """``first`` where lam >= 1/2, else ``second``, without asking the device for lam."""

@@ -14,10 +14,11 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers
+from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers, recipes
 from lightning_manifold_mixup import semi_supervised as semi
+from lightning_manifold_mixup.commands.compare import Prepared
 from lightning_manifold_mixup.semi_supervised import (
     SemiSupervisedManifoldMixupModule,
     consistency_weight,
@@ -98,11 +99,12 @@ class ByHand:
         self.layers.append(layer)
         return after(lam * h + (1 - lam) * h[permutation]), lam, permutation
 
-    def loss(self, x, y, u):
-        self.batches += 1
+    def loss(self, x, y, u, rank=0):
+        """Of one process; all processes have the same number of the batch, which rank 0 counts on."""
+        self.batches += rank == 0
         shared, own = (
             np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, self.batches]))
-            for stream in (0, 1)
+            for stream in (0, 1 + rank)
         )
         shared.random()
         logits, lam, permutation = self.mixed(x, self.alphas[0], shared, own)
@@ -198,10 +200,12 @@ class TestMethod:
             assert all(p.grad is None and not p.requires_grad for p in ours.teacher.parameters())
 
     @pytest.mark.parametrize("decay", [0.9, 0.999])
-    def test_teacher_after_50_steps(self, decay):
+    @pytest.mark.parametrize("optimizer", [sgd, torch.optim.AdamW], ids=["sgd", "adamw"])
+    def test_teacher_after_50_steps(self, decay, optimizer):
+        """AdamW would move weights that have no gradient, too, if it saw one of them: its weight decay is apart."""
         net = ConvNet()
         average = [p.detach().clone() for p in net.parameters()]
-        ours, losses = module(model=net, ema_decay=decay), Losses()
+        ours, losses = module(model=net, ema_decay=decay, optimizer=optimizer), Losses()
         trainer(losses).fit(ours, loaders(50))
         for step, weights in enumerate(losses.students, 1):
             d = min(1 - 1 / (step + 1), decay)
@@ -227,10 +231,16 @@ class TestMethod:
         torch.testing.assert_close(ours.teacher.fc.weight.detach(), expected)
 
 
+class WithDropout(ConvNet):
+    def forward(self, x):
+        return self.fc(F.dropout(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)), 0.5, self.training))
+
+
 class TestSupervised:
+    @pytest.mark.parametrize("network", [ConvNet, WithDropout])
     @pytest.mark.parametrize("extra", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
-    def test_without_unlabelled_part_is_manifold_mixup_bit_for_bit(self, extra):
-        net = ConvNet()
+    def test_without_unlabelled_part_is_manifold_mixup_bit_for_bit(self, network, extra):
+        net = network()
         plain, ours = copy.deepcopy(net), copy.deepcopy(net)
         data = TensorDataset(*images(24))
         L.seed_everything(3, verbose=False)
@@ -244,6 +254,16 @@ class TestSupervised:
         )
         for name, value in weights_of(plain).items():
             assert torch.equal(value, weights_of(ours)[name]), name
+
+    def test_unlabelled_samples_that_are_there_have_no_part(self):
+        """As in the recipe for the supervised baseline: the same data module, w_max = 0."""
+        nets = [ConvNet()]
+        nets.append(copy.deepcopy(nets[0]))
+        without = CombinedLoader({"labelled": DataLoader(TensorDataset(*images(N * 4, seed=1)), N)}, "max_size_cycle")
+        for net, data in zip(nets, (loaders(), without), strict=True):
+            trainer(max_epochs=2).fit(module(model=net, w_max=0.0), data)
+        for name, value in weights_of(nets[0]).items():
+            assert torch.equal(value, weights_of(nets[1])[name]), name
 
     def test_makes_no_teacher(self):
         assert module(w_max=0.0).teacher is None
@@ -313,6 +333,29 @@ class TestTrainer:
         trainer(again, enable_checkpointing=True, **options).fit(
             resumed, loaders(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=False
         )
+        assert any(name.startswith("teacher.") for name in weights_of(resumed)) == (teacher == "ema")
+        for name, value in weights_of(whole).items():
+            assert torch.equal(value, weights_of(resumed)[name]), name
+
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+    @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+    @pytest.mark.parametrize("teacher", ["self", "ema"])
+    @pytest.mark.parametrize("layers", [LAYERS, "auto"])
+    def test_resumed_in_mid_epoch(self, teacher, layers, tmp_path):
+        """Three batches an epoch, resumed after step 4. All are the same one: Lightning starts plain data again."""
+        batch = {"labelled": list(images(N, seed=1)), "unlabelled": images(M, seed=2)[0]}
+        batches = DataLoader([batch] * 3, batch_size=None)
+        whole, resumed = (module(teacher, seed=None, layers=layers) for _ in range(2))
+        drawn = []
+        for ours, saved in ((whole, None), (resumed, tmp_path / "whole" / "step=4.ckpt")):
+            folder = tmp_path / ("resumed" if saved else "whole")
+            keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+            losses = Losses()
+            t = trainer(keep, losses, enable_checkpointing=True, max_epochs=3)
+            t.fit(ours, batches, ckpt_path=saved, weights_only=False)
+            drawn.append(losses.values)
+        assert len(drawn[0]) == 9
+        assert drawn[1] == drawn[0][4:]
         assert any(name.startswith("teacher.") for name in weights_of(resumed)) == (teacher == "ema")
         for name, value in weights_of(whole).items():
             assert torch.equal(value, weights_of(resumed)[name]), name
@@ -389,9 +432,11 @@ class TestTrainer:
             assert torch.equal(weights_of(ours)[name], before[name])
 
     def test_two_processes(self, tmp_path):
+        net = ConvNet()
+        torch.save(net.state_dict(), tmp_path / "net.pt")
         script = tmp_path / "run.py"
         script.write_text(TWO_PROCESSES)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": "0"}
         result = subprocess.run(
             [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
         )
@@ -404,6 +449,28 @@ class TestTrainer:
         for name, value in first["parameters"].items():
             assert torch.equal(value, second["parameters"][name]), name
         assert first["teacher_error"] == second["teacher_error"]
+
+        hand = ByHand(net, "ema", ramp_steps=4 * 0.5)
+        (x, y), u = images(N * 4, seed=1), images(M * 4, seed=2)[0]
+        for epoch in range(2):
+            orders = [[shard(len(samples), rank, epoch) for samples in (x, u)] for rank in range(2)]
+            for batch in range(2):
+                losses = []
+                for rank, (labelled, unlabelled) in enumerate(orders):
+                    l_, u_ = labelled[N * batch : N * (batch + 1)], unlabelled[M * batch : M * (batch + 1)]
+                    losses.append(hand.loss(x[l_], y[l_], u[u_], rank))
+                (sum(losses) / 2).backward()
+                hand.step()
+        for part, network in (("model", hand.student), ("teacher", hand.ema)):
+            for name, value in network.named_parameters():
+                torch.testing.assert_close(first["parameters"][f"{part}.{name}"], value.detach())
+
+
+def shard(n, rank, epoch):
+    """What one of two processes sees in an epoch, by the sampler that Lightning puts in place of a loader's own."""
+    sampler = DistributedSampler(range(n), num_replicas=2, rank=rank, seed=0)
+    sampler.set_epoch(epoch)
+    return list(sampler)
 
 
 TWO_PROCESSES = """
@@ -429,6 +496,7 @@ class Save(L.Callback):
 
 if __name__ == "__main__":
     ours = module()
+    ours.model.load_state_dict(torch.load(f"{sys.argv[1]}/net.pt"))
     ours.__class__ = Spied
     ours.drawn, ours.lams = [], []
     validation = DataLoader(TensorDataset(*images(24, seed=3)), 6)
@@ -495,6 +563,29 @@ class TestErrors:
         with pytest.raises(ValueError, match=r'"labelled": \(x, y\), "unlabelled": \(x, ...\)'):
             trainer().fit(module(), batches)
 
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            {"labelled": images(N), "unlabelled": None},  # CombinedLoader's mode "max_size", at the end of the shorter
+            {"labelled": None, "unlabelled": images(N)},
+            {"labelled": images(2)[0], "unlabelled": images(N)},  # two images and no labels
+            {"labelled": images(N), "unlabelled": []},
+        ],
+    )
+    def test_parts_that_are_missing(self, batch):
+        with pytest.raises(ValueError, match='in mode "max_size_cycle" makes them'):
+            trainer().fit(module(), DataLoader([batch], batch_size=None, collate_fn=lambda batch: batch))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_an_average_that_would_be_rounded_away(self, dtype):
+        teacher, student = (nn.Linear(1, 1, dtype=dtype) for _ in range(2))
+        nn.init.ones_(teacher.weight)
+        nn.init.constant_(student.weight, 1.25)
+        update_teacher(teacher, student, step=5000)
+        assert teacher.weight.item() == 1  # the reason
+        with pytest.raises(MisconfigurationException, match="float32 or wider for an EMA teacher, got torch"):
+            trainer().fit(module(model=ConvNet().to(dtype)), loaders())
+
     def test_training_without_an_end(self):
         with pytest.raises(MisconfigurationException, match="max_epochs or max_steps"):
             trainer(max_epochs=-1).fit(module(), loaders())
@@ -535,3 +626,62 @@ class TestErrors:
         with pytest.raises(MisconfigurationException, match=r"torch\.compile"):
             trainer().fit(module(model=compiled()), loaders())
         trainer().fit(module(model=compiled(), layers=["input"]), loaders())
+
+
+S = ["input", "model.layer1", "model.layer2"]
+ICT = {"teacher": "ema", "w_max": 100.0, "ramp": 0.25, "ema_decay": 0.999, "layers": ["input"]}
+ICLR = {"teacher": "self", "ramp": 0.4, "alpha_labelled": 0.1, "alpha_unlabelled": 2.0, "layers": S}
+PUBLISHED = {  # of the model; epochs; labels in all, validation images, unlabelled images
+    "semi_cifar10": (ICT | {"alpha_labelled": 1.0, "alpha_unlabelled": 1.0}, 400, 4000, 5000, 45_000),
+    "semi_svhn": (ICT | {"alpha_labelled": 0.1, "alpha_unlabelled": 0.1}, 400, 1000, 1000, 72_257),
+    "semi_cifar10-self": (ICLR | {"w_max": 1.0}, 1000, 4000, 5000, 45_000),
+    "semi_svhn-self": (ICLR | {"w_max": 2.0}, 1000, 1000, 7320, 65_937),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, by Lightning
+class TestRecipes:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_published_rows_become_what_they_say(self, name):
+        """The papers' numbers, typed in again."""
+        expected, epochs, labels, validation, unlabelled = PUBLISHED[name]
+        cli = Prepared(["--config", name, "--trainer.accelerator", "cpu", "--trainer.logger", "false"], run=False)
+        cli.make()
+        ours, data = cli.model, cli.datamodule
+        teacher = "self" if ours.teacher is None else "ema"
+        assert {"teacher": teacher} | {key: getattr(ours, key) for key in expected if key != "teacher"} == expected
+        assert sum(p.numel() for p in ours.model.parameters()) == 1_467_610  # WRN-28-2
+        assert cli.trainer.max_epochs == epochs
+        assert (data.num_classes * data.labels_per_class, data.datamodule.val_size) == (labels, validation)
+        assert (data.labelled_batch_size, data.unlabelled_batch_size) == (100, 100)
+
+        configured = ours.configure_optimizers()
+        options, schedule = configured["optimizer"].defaults, configured["lr_scheduler"]
+        iclr = name.endswith("-self")
+        assert isinstance(configured["optimizer"], torch.optim.SGD)
+        assert (options["lr"], options["momentum"], options["nesterov"]) == (0.1, 0.9, iclr)
+        assert options["weight_decay"] == (5e-4 if iclr else 1e-4)
+        if iclr:
+            assert schedule["interval"] == "epoch"
+            assert dict(schedule["scheduler"].milestones) == {500: 1, 750: 1, 875: 1}
+            assert schedule["scheduler"].gamma == 0.1
+        else:
+            assert schedule["interval"] == "step"
+            assert schedule["scheduler"].T_max == 450 * -(-unlabelled // 100)
+
+    def test_small_ones_train_and_test_student_and_teacher(self):
+        for name in recipes.names():
+            if not name.startswith("semi_digits"):
+                continue
+            cli = Prepared(
+                ["--config", name, "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"], run=False
+            )
+            steps = cli.config.model.init_args.lr_scheduler.init_args.total_steps
+            assert steps == cli.config.trainer.max_epochs * 1000 // cli.config.data.init_args.unlabelled_batch_size
+            cli.config.trainer.max_steps = 3
+            cli.make()
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            assert cli.trainer.global_step == 3
+            [values] = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+            assert ("test/teacher_error" in values) == (cli.model.teacher is not None), name
+            assert (cli.model.w_max == 0) == name.endswith("-supervised")

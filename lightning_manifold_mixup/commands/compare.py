@@ -40,12 +40,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELS = {"none": "no mixup", "input": "input mixup", "manifold": "Manifold Mixup"}
-NUMBERS = {"test/error": "error %", "test/nll": "NLL", "test/ece": "ECE %"}
+NUMBERS = {
+    "test/error": "error %",
+    "test/teacher_error": "teacher's error %",
+    "test/nll": "NLL",
+    "test/ece": "ECE %",
+}
 """The metrics that are compared, and what they are called."""
 
 LAST, BEST = "last epoch", "best val epoch"
 
-_PERCENT = ("test/error", "test/ece")
+_PERCENT = ("test/error", "test/teacher_error", "test/ece")
+_ALPHAS = ("alpha", "alpha_labelled", "alpha_unlabelled")
 _NO_MATTER = (
     "default_root_dir",
     "enable_checkpointing",
@@ -131,7 +137,7 @@ class Run:
         recipe: name or file, as :func:`lightning_manifold_mixup.recipes.layers_of` takes it.
         method: ``"none"``, ``"input"`` or ``"manifold"``.
         seed: for ``seed_everything``.
-        overrides: further options of the command line, for all runs.
+        overrides: further options of the command line, for all runs; ``{seed}`` in them stands for the seed.
         out: folder of the comparison.
     """
 
@@ -157,7 +163,8 @@ class Run:
         name = self.recipe
         if recipes.is_row(name):  # the paper's rows say themselves what each method is there
             name = recipes.with_method(name, self.method)
-        cli = Prepared(["--config", name, *self.overrides], run=False)
+        overrides = [option.replace("{seed}", str(self.seed)) for option in self.overrides]
+        cli = Prepared(["--config", name, *overrides], run=False)
         if not recipes.is_row(name):
             set_method(cli.config, self.method)
         cli.config.seed_everything = self.seed
@@ -182,7 +189,8 @@ def set_method(config: Any, method: str) -> None:
 
     Args:
         config: with a :class:`~lightning_manifold_mixup.ManifoldMixupCallback` among the Trainer's callbacks, or a
-            model that has ``alpha`` and ``layers`` as :class:`~lightning_manifold_mixup.ManifoldMixupModule` has.
+            model that has ``alpha`` (or ``alpha_labelled`` and ``alpha_unlabelled``) and ``layers``, as the modules of
+            this package have.
             Changed in place.
         method: ``"none"``: no mixing. ``"input"``: alpha 1 at the input. ``"manifold"``: as the configuration has it.
 
@@ -192,15 +200,18 @@ def set_method(config: Any, method: str) -> None:
     callbacks = config.trainer.callbacks or []
     found = [c for c in callbacks if class_of(c.class_path, Callback) is ManifoldMixupCallback]
     place = found[0].init_args if found else config.model.get("init_args")
-    if place is None or "alpha" not in place or "layers" not in place or place.alpha == 0:
+    alphas = [name for name in _ALPHAS if place is not None and name in place]
+    if not alphas or "layers" not in place or not any(place[name] for name in alphas):
         raise UsageError(
             "Nothing to compare: the recipe has no Manifold Mixup. Give it a ManifoldMixupModule, or a "
             "ManifoldMixupCallback in trainer.callbacks, with alpha above 0."
         )
-    if method == "none":
-        place.alpha = 0.0
-    elif method == "input":
-        place.alpha, place.layers = 1.0, ["input"]
+    if method == "manifold":
+        return
+    for name in alphas:
+        place[name] = 0.0 if method == "none" else 1.0
+    if method == "input":
+        place.layers = ["input"]
 
 
 def _finish(run: Run, title: str) -> Result:
@@ -367,7 +378,7 @@ def plot(results: Sequence[Result]) -> Figure:
         for metric, panel in zip(metrics, line, strict=True):
             for position, method in enumerate(methods):
                 values = [value_of(r, metric) for r in results if r["recipe"] == name and r["method"] == method]
-                if not values:
+                if not values or any(map(math.isnan, values)):
                     continue
                 mean = statistics.fmean(values)
                 panel.bar(position, mean, width=0.7, color=colours[method])
@@ -391,6 +402,8 @@ def _compared(results: Sequence[Result]) -> list[str]:
 
 
 def _spread(mean: float, deviation: float | None) -> str:
+    if math.isnan(mean):  # not measured here: the error of a teacher where there is none
+        return ""
     digits = 2 if abs(mean) >= 1 else 3
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
@@ -407,7 +420,8 @@ def _parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} compare",
         description="Trains with no mixup, input mixup (alpha 1) and Manifold Mixup (as the recipe has it) on the same "
         "seeds: the same initial weights, the same batches in the same order. Finished runs are not repeated.",
-        epilog="Further options, such as --trainer.max_epochs 5 or --data.init_args.data_dir DIR, override recipes.",
+        epilog="Further options, such as --trainer.max_epochs 5 or --data.init_args.data_dir DIR, override recipes; "
+        "{seed} in them stands for the seed of the run.",
         allow_abbrev=False,
     )
     parser.add_argument(
