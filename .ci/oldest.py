@@ -4,8 +4,9 @@ Those that are pure Python: they can be laid over an environment that holds the 
 """
 
 import re
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 NAMES = ("lightning", "torchmetrics", "jsonargparse", "rich")
 

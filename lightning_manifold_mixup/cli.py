@@ -392,7 +392,12 @@ class ManifoldMixupCLI(LightningCLI):
         ):
             return
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        print_results({key: float(value) for key, value in self.trainer.callback_metrics.items()})
+        from lightning_manifold_mixup.evaluation import EvaluationCallback  # takes as long to import as all the rest
+
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        families = tuple(f"test_{c.family}/" for c in callbacks if isinstance(c, EvaluationCallback))
+        metrics = self.trainer.callback_metrics.items()
+        print_results({key: float(value) for key, value in metrics if not key.startswith(families)})
 
 
 @rank_zero_only

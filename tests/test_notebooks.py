@@ -37,7 +37,7 @@ def run(name, settings):
 
 def test_the_notebooks_are_there_and_numbered():
     assert [name[:2] for name in names()] == [f"{number:02}" for number in range(1, len(names()) + 1)]
-    assert len(names()) >= 3
+    assert len(names()) >= 4
 
 
 @pytest.mark.parametrize("name", names())
@@ -66,6 +66,7 @@ def test_notebook_runs_as_it_is(name):
         "01": r"mean ([\d.]+)",
         "02": r"(?:none|manifold) +test error +[\d.]+ % +confidence above 0.95 on (\d+) %",
         "03": r"sum of the others +([\d.]+)",
+        "04": r"(?:supervised +student|EMA teacher .* teacher) test error +([\d.]+)",
     }[name[:2]]
     without, with_mixup, *_ = map(float, re.findall(numbers, printed))
     assert with_mixup < without, printed
