@@ -91,7 +91,10 @@ def _bare(args: list[str]) -> nn.Module:
     """Any network: ``--model.class_path`` of a class or function, ``--model.init_args``."""
     parser = ArgumentParser(prog=f"{PROGRAM} layers")
     parser.add_argument("--model", type=nn.Module, required=True)
-    model: nn.Module = parser.instantiate_classes(parser.parse_args(args, defaults=False)).model
+    # Without defaults: for functions such as swin_t that hand on keyword arguments, those found may not be accepted.
+    config = parser.parse_args(args, defaults=False)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+    model: nn.Module = instantiate(config).model
     return model
 
 
