@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import zoo
 from lightning import LightningModule, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import WarningCache
+from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
@@ -294,14 +296,13 @@ MODULES = [
     (TwoPasses, vectors, ["input", "net.1"]),
     (Triplets, vectors, ["input", "net.1"]),
     (Prototypes, vectors, ["input", "net.1", "net.3"]),
-    (SkipsFirst, vectors, ["input", "net.1"]),
     (LateNetwork, vectors, ["input", "net.1"]),
     (LanguageModel, shifted, ["model.wte", "model.h.0", "model.h.1"]),
     (LossInside, text, ["model.emb", "model.encoder.layers.0", "model.encoder.layers.1"]),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:`training_step` returned `None`")
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 @pytest.mark.parametrize(("build", "make", "chosen"), MODULES)
 def test_default_in_a_fit(build, make, chosen):
     """Of the batches after the first each is mixed, or the fit would end with an error."""
@@ -309,6 +310,12 @@ def test_default_in_a_fit(build, make, chosen):
     assert fit(build(), make)["layers"] == chosen
     for name in chosen[1:]:
         assert fit(build(), make, layers=[name])["checked"]
+
+
+def test_a_skipped_first_batch_is_not_the_one_to_go_by(monkeypatch):
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # it warns once in a process: leave that to others
+    with pytest.warns(UserWarning, match="returned `None`"):
+        assert fit(SkipsFirst(), vectors)["layers"] == ["input", "net.1"]
 
 
 def test_only_the_input_is_said():

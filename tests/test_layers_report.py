@@ -197,6 +197,14 @@ def test_more_than_seven_layers_are_thinned_evenly():
     assert report.default == ["input", "0", "1", "3", "5", "6", "8"]
 
 
+def test_a_weight_computed_from_two_parameters_is_one():
+    """Weight normalisation changes no S: a layer of one weight is no stage."""
+    network = zoo.mlp()
+    for index in (0, 2, 4):
+        network[index] = nn.utils.parametrizations.weight_norm(network[index])
+    assert eligible_layers(network, torch.randn(3, 20)).default == list(zoo.NETWORKS["mlp"].default)
+
+
 def test_only_the_input_is_left_where_no_layer_is_eligible():
     report = eligible_layers(nn.Linear(4, 2), torch.randn(3, 4))
     assert report.default == ["input"]

@@ -1078,3 +1078,12 @@ class SparseMatrices(Case):
         h = self.a(x)
         mixed = torch.sparse.mm(h.to_sparse(), torch.eye(8))
         return self.fc(self.b(h) + mixed)
+
+
+@micro_case("a", "b", "fc")
+class SparseConstant(Case):
+    """One sparse tensor that holds the state, and one that does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(torch.sparse.mm(self.a(x).to_sparse(), torch.eye(8)))
+        return self.fc(F.relu(torch.sparse.mm(torch.eye(8).to_sparse(), h.T).T))
