@@ -277,7 +277,8 @@ class ManifoldMixupCallback(pl.Callback):
                     output = training_step(batch, *args, **kwargs)
                 if leaks.found:
                     raise step.leaked_target(leaks.found)
-                if output is not None:  # otherwise the user skips this batch
+                # None: the user skips this batch; under manual optimization it is what steps return.
+                if output is not None or not step.module.automatic_optimization:
                     report = seen.report()
                     if not report.sinks_found:
                         if not step.loss_used_labels:
@@ -302,7 +303,8 @@ class ManifoldMixupCallback(pl.Callback):
             raise MisconfigurationException("\n".join(refusals))
         for name, hook in hooks.layers.items():
             row = report.row(name)
-            hook.settle(row.batch_dims)
+            if report.batch_size > 1:  # of one sample no shape tells which dimension counts it
+                hook.settle(row.batch_dims)
             sequence = any(len(shape) == 3 for shape in row.shapes)  # which may be time-major, as no image is
             if row.ambiguous and sequence:
                 rank_zero_warn(

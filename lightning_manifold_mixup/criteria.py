@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
@@ -70,7 +71,9 @@ def criterion_candidates(module: nn.Module) -> list[str]:
         weights = any(parameter.ndim >= 2 for parameter in candidate.parameters())
         # PyTorch's own is exact op by op, and then shares the log-probabilities of the two labellings.
         known = type(candidate) is nn.CrossEntropyLoss
-        if not (inside or weights or known or isinstance(candidate, (Metric, MetricCollection))):
+        # Metrics have hooks of their own, and TorchScript takes none.
+        unfit = isinstance(candidate, (Metric, MetricCollection, torch.jit.ScriptModule))
+        if not (inside or weights or known or unfit):
             found.append(name)
     return found
 

@@ -255,12 +255,14 @@ class MixingHook:
     Attributes:
         mix: the draw to apply; None lets every state through.
         fired: whether a state has been mixed since this was last set to False.
+        observed: whether this batch is observed, so that a state that cannot be mixed is let through.
     """
 
     def __init__(self, batch_dim: int | None = None) -> None:
         self.batch_dim = batch_dim
         self.mix: Mix | None = None
         self.fired = False
+        self.observed = False
         # As found at the first batch: a later one may have as many samples as time steps, and not tell.
         self._dims: list[int] | None = None
 
@@ -274,7 +276,13 @@ class MixingHook:
             return self.mix(sequence, 0 if module.batch_first else 1), self.mix(states, 1)
         n = len(self.mix.permutation)
         if self._dims is None and n > 1:
-            self._dims = batch_dims(output, n, self.batch_dim)
+            try:
+                self._dims = batch_dims(output, n, self.batch_dim)
+            except MixingError:
+                if self.observed:  # the report on this batch refuses the layer, and names better ones
+                    self.fired = False
+                    return None
+                raise
         return self.mix(output, self._dims if self._dims is not None else self.batch_dim)
 
     def settle(self, dims: Sequence[int | None]) -> None:

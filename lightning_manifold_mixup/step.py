@@ -114,7 +114,7 @@ class MixedStep:
             self._undo.callback(attributes.pop, "training_step", None)
         attributes["training_step"] = _StandIn(self, original, observer)
         if self.hook is not None:
-            self.hook.mix = self.mix
+            self.hook.mix, self.hook.observed = self.mix, observer is not None
             self._undo.callback(setattr, self.hook, "mix", None)
 
     def disarm(self) -> None:

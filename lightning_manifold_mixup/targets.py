@@ -455,6 +455,8 @@ def _with_logarithms(
     arguments = dict(zip(names, args, strict=False)) | kwargs
     if arguments.pop("label_smoothing", 0.0) or isinstance(input, _Superposed) or target.is_floating_point():
         return F.cross_entropy, (input, target, *args), kwargs
+    if torch.is_autocast_enabled(input.device.type):  # it casts for cross_entropy, and on CPUs not for log_softmax
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
     return F.nll_loss, (F.log_softmax(input, dim=min(input.ndim - 1, 1)), target), arguments
 
 

@@ -7,6 +7,8 @@ import torch
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch.utils.data import BatchSampler, DataLoader
 
+PATCHED = ("__init__", "__setattr__", "__delattr__")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -16,13 +18,17 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _data_loaders_as_they_were():
     """Lightning patches these classes while it asks for data, and leaves them so if it is given an error."""
+    classes = {cls for base in (DataLoader, BatchSampler) for cls in get_all_subclasses(base) | {base}}
+    before = {cls: {name: vars(cls)[name] for name in PATCHED if name in vars(cls)} for cls in classes}
     yield
-    for base in (DataLoader, BatchSampler):
-        for cls in get_all_subclasses(base) | {base}:
-            for name in ("__init__", "__setattr__", "__delattr__"):
-                if f"__old{name}" in vars(cls):
-                    setattr(cls, name, getattr(cls, f"__old{name}"))
-                    delattr(cls, f"__old{name}")
+    for cls, methods in before.items():
+        for name in PATCHED:
+            if name in methods:
+                setattr(cls, name, methods[name])
+            elif name in vars(cls):
+                delattr(cls, name)
+            if f"__old{name}" in vars(cls):
+                delattr(cls, f"__old{name}")
 
 
 def pytest_collection_modifyitems(items):

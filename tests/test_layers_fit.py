@@ -70,7 +70,7 @@ class Ensemble(nn.Module):
         return self.fc(torch.vmap(member, (0, 0, None))(parameters, buffers, h).mean(0))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 @pytest.mark.parametrize("network", [helpers.ConvNet, Checkpointed, CheckpointedReentrant, Ensemble])
 def test_a_fit_of_the_first_batch_is_bitwise_that_without_the_callback(network, precision):
     """It is observed, and not mixed: weights, statistics, metrics, logs and generators."""
@@ -342,3 +342,69 @@ def test_only_the_input_is_said():
 def test_refusals_in_a_fit(build, make, layer, refusal):
     with pytest.raises((MisconfigurationException, ValueError), match=refusal):
         fit(build(), make, layers=[layer])
+
+
+class Manual(TwoPasses):
+    """Returns nothing, as manual optimization may."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(x), y))
+        optimizer.step()
+
+
+class Scripted(Module):
+    """TorchScript takes no hooks, not even to find out whether a part is a criterion."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.rest = nn.Linear(8, 8), torch.jit.script(nn.ReLU()), mlp()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.rest(self.act(self.first(x))), y)
+
+
+class SequenceFirst(Module):
+    """Its states come with the sequence first, which one sample alone does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.rest = nn.Linear(8, 8), mlp()
+        self.turned = zoo.Returning(lambda h: (h.transpose(0, 1), h.mean(1)[None]))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        h, last = self.turned(self.inp(x))
+        return F.cross_entropy(self.rest(h.mean(0) + last[0]), y)
+
+
+def one_then_more():
+    sizes = iter([1, 5, 5, 5])
+    return lambda: (torch.randn(n := next(sizes), 3, 8), torch.randint(4, (n,)))
+
+
+def test_manual_optimization_that_returns_nothing():
+    assert fit(Manual(), vectors)["layers"] == ["input", "net.1"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_part():
+    assert fit(Scripted(), vectors)["layers"] == ["input", "first", "rest.1"]
+
+
+def test_first_batch_of_one_sample():
+    assert fit(SequenceFirst(), one_then_more(), layers=["turned"])["checked"]
+
+
+def test_layer_without_batch_dimension_is_refused_with_its_neighbours():
+    with pytest.raises(
+        MisconfigurationException, match=r"'net.1' has no batch dimension: .* 5. Valid before it: 'input'."
+    ):
+        fit(StackedViews(), vectors, layers=["net.1"])
