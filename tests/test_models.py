@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup.cli import ManifoldMixupCLI
+from lightning_manifold_mixup.layers import eligible_layers
 from lightning_manifold_mixup.models import (
     MLP,
     BottleneckMLP,
+    ConvNet,
     GaussianNoise,
     PreActResNet,
     WideResNet,
@@ -181,6 +183,29 @@ class TestWideResNet:
     def test_unknown_depth(self):
         with pytest.raises(ValueError, match=r"6 b \+ 4 .* got 27"):
             WideResNet(27, 10)
+
+
+class TestConvNet:
+    def test_forward_is_the_formula(self):
+        model = ConvNet(num_classes=3, in_channels=2, widths=(4, 6, 5), hidden=7).eval()
+        state = model.state_dict()
+        x = torch.randn(2, 2, 16, 16)
+        h = x
+        for i in (1, 2, 3):
+            h = F.conv2d(h, state[f"layer{i}.0.weight"], padding=1)
+            h = F.relu(h / (1 + 1e-5) ** 0.5)  # of fresh running statistics, 0 and 1
+            h = h if i == 1 else F.max_pool2d(h, 2)
+        h = h.view(2, 5, 2, 2, 2, 2).mean((3, 5))  # 4x4 positions, averaged two by two
+        h = F.relu(F.linear(h.flatten(1), state["hidden.2.weight"], state["hidden.2.bias"]))
+        torch.testing.assert_close(model(x), F.linear(h, state["linear.weight"], state["linear.bias"]))
+
+    @pytest.mark.parametrize("side", [4, 8, 28, 32])
+    def test_takes_images_of_any_size(self, side):
+        assert ConvNet(num_classes=7)(torch.zeros(2, 3, side, side)).shape == (2, 7)
+
+    def test_its_layers_are_eligible(self):
+        report = eligible_layers(ConvNet(in_channels=1), torch.randn(4, 1, 8, 8))
+        assert not any(report.refusal(name) for name in ("input", "layer1", "layer2", "layer3", "hidden"))
 
 
 class TestMLP:

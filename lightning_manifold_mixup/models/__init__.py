@@ -1,5 +1,6 @@
 """Networks of the papers, and any of torchvision's and timm's by name."""
 
+from lightning_manifold_mixup.models.conv_net import ConvNet
 from lightning_manifold_mixup.models.lookup import build_model
 from lightning_manifold_mixup.models.mlp import MLP, BottleneckMLP, GaussianNoise
 from lightning_manifold_mixup.models.preact_resnet import (
@@ -15,6 +16,7 @@ from lightning_manifold_mixup.models.wide_resnet import WideResNet
 __all__ = [
     "MLP",
     "BottleneckMLP",
+    "ConvNet",
     "GaussianNoise",
     "PreActResNet",
     "WideResNet",
