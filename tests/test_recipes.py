@@ -121,6 +121,19 @@ def test_the_files_of_a_row_are_all_used() -> None:
     assert used == set(recipes.layers_of("digits")[0].parent.glob("paper/*.yaml"))
 
 
+def test_a_name_may_have_any_parts_that_some_file_has():
+    stems = [path.stem for path in recipes.layers_of("semi_digits-self-wrn")]
+    assert stems == ["semi_digits", "semi_digits-self", "semi_digits-wrn", "semi_digits-self-wrn"]
+    stems = [path.stem for path in recipes.layers_of("semi_digits-supervised-wrn")]  # no file of this name
+    assert stems == ["semi_digits", "semi_digits-supervised", "semi_digits-wrn"]
+
+
+@pytest.mark.parametrize("name", ["wrn", "digits-5000", "semi_digits-wrn-nope", "semi_digits-"])
+def test_a_part_that_no_file_has_is_an_error(name):
+    with pytest.raises(FileNotFoundError, match="There is no recipe and no file"):
+        recipes.layers_of(name)
+
+
 @pytest.mark.parametrize("name", ["digits", "cifar10_small", "cifar10_small-5000"])
 def test_the_one_cycle_ends_with_the_last_epoch(name: str) -> None:
     config = recipes.read(recipes.layers_of(name))

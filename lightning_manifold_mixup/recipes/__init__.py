@@ -92,7 +92,7 @@ def layers_of(name: str) -> list[Path]:
         The files, in the order in which `--config` takes them.
 
     Raises:
-        FileNotFoundError: if there is no such recipe and no such file; the message has near misses.
+        FileNotFoundError: if a part of the name is in no file of the recipes; the message has near misses.
 
     Example:
         >>> [path.name for path in layers_of("cifar10_small-5000")]
@@ -111,8 +111,10 @@ def layers_of(name: str) -> list[Path]:
     plain = name.removesuffix(".yaml")
     if is_row(plain):
         return _subsets(["common", *plain.split("-")], _FOLDER / "paper")
-    if (_FOLDER / f"{plain}.yaml").is_file() and Path(plain).name == plain:
-        return _subsets(plain.split("-"), _FOLDER)
+    parts = plain.split("-")
+    layers = _subsets(parts, _FOLDER)
+    if {part for path in layers for part in path.stem.split("-")} == set(parts):
+        return layers
     near = get_close_matches(plain, names())
     raise FileNotFoundError(
         f"There is no recipe and no file {name!r}"
