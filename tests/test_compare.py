@@ -136,6 +136,30 @@ def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
         assert runs[1]["metrics"]["best val epoch"] == pytest.approx(runs[1]["metrics"]["last epoch"])
 
 
+def test_teachers_beside_networks_without_one(tmp_path, capsys) -> None:
+    options = ["--methods=manifold", "--seeds=0,1,2", f"--out={tmp_path}", "--trainer.max_steps=1"]
+    main(["compare", "--config=semi_digits-supervised", "--config=semi_digits", *options])
+    runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    errors = [100 * run["metrics"]["last epoch"]["test/teacher_error"] for run in runs[3:]]
+    with (tmp_path / "compare.csv").open() as file:
+        alone, taught = csv.DictReader(file)
+    assert (alone["teacher's error %"], alone["teacher's error % std"]) == ("", "")
+    assert float(taught["teacher's error %"]) == pytest.approx(statistics.mean(errors))
+    assert float(taught["teacher's error % std"]) == pytest.approx(statistics.stdev(errors))
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_is_in_the_table() -> None:
+    def result(seed, nll):
+        metrics = {compare.LAST: {"test/error": 0.5, "test/nll": nll}}
+        return {"recipe": "digits", "method": "manifold", "seed": seed, "metrics": metrics, "seconds": 1.0}
+
+    [row] = compare.summary([result(0, 1.0), result(1, float("nan")), result(2, 2.0)])
+    assert row["error %"] == 50 and row["error % std"] == 0
+    assert row["NLL"] != row["NLL"] and row["NLL std"] != row["NLL std"]  # NaN
+    compare.print_table([row])
+
+
 def test_the_last_weights_give_the_last_number(tmp_path) -> None:
     main(["compare", "--seeds=0", "--methods=manifold", f"--out={tmp_path}", *TINY])
     (folder,) = (tmp_path / "runs").iterdir()

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -319,7 +319,8 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         results: of runs.
 
     Returns:
-        A row for each recipe, method and epoch at which the test set was evaluated; errors in percent.
+        A row for each recipe, method and epoch at which the test set was evaluated; errors in percent, None for what
+        was not measured.
     """
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
@@ -333,10 +334,13 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         group = groups[recipe, method, epoch]
         row: dict[str, Any] = {"recipe": recipe, "method": LABELS[method], "tested after": epoch}
         for metric in _compared(results):
-            values = [value_of(result, metric, epoch) for result in group]
-            row[NUMBERS.get(metric, metric)] = statistics.fmean(values)
-            row[f"{NUMBERS.get(metric, metric)} std"] = statistics.stdev(values) if len(values) > 1 else None
-        row["seconds a run"] = statistics.fmean(result["seconds"] for result in group)
+            name = NUMBERS.get(metric, metric)
+            row[name] = row[f"{name} std"] = None
+            if any(metric in result["metrics"][epoch] for result in group):  # the error of a teacher, where there is one
+                values = [value_of(result, metric, epoch) for result in group]
+                row[name] = float(np.mean(values))
+                row[f"{name} std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        row["seconds a run"] = float(np.mean([result["seconds"] for result in group]))
         row["seeds"] = len(group)
         rows.append(row)
     return rows
@@ -352,7 +356,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Prints rows of :func:`summary`."""
     numbers = [name for name in rows[0] if f"{name} std" in rows[0]]
     texts = ["recipe", "method", "tested after"]
-    table = require("rich.table", "cli").Table(*texts, title="Test set, mean ± standard deviation over the seeds")
+    table = require("rich.table", "cli").Table(title="Test set, mean ± standard deviation over the seeds")
+    for name in texts:
+        table.add_column(name, overflow="fold")  # of a name in a narrow terminal no letter is lost
     for name in [*numbers, "seconds a run", "seeds"]:
         table.add_column(name, justify="right")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -380,7 +386,7 @@ def plot(results: Sequence[Result]) -> Figure:
                 values = [value_of(r, metric) for r in results if r["recipe"] == name and r["method"] == method]
                 if not values or any(map(math.isnan, values)):
                     continue
-                mean = statistics.fmean(values)
+                mean = float(np.mean(values))
                 panel.bar(position, mean, width=0.7, color=colours[method])
                 panel.scatter([position] * len(values), values, s=14, color="black", zorder=3)
                 panel.annotate(
@@ -401,8 +407,8 @@ def _compared(results: Sequence[Result]) -> list[str]:
     return known or [metric for metric in there if metric.startswith("test")]
 
 
-def _spread(mean: float, deviation: float | None) -> str:
-    if math.isnan(mean):  # not measured here: the error of a teacher where there is none
+def _spread(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
         return ""
     digits = 2 if abs(mean) >= 1 else 3
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
