@@ -687,3 +687,45 @@ class TestRecipes:
             [values] = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
             assert ("test/teacher_error" in values) == (cli.model.teacher is not None), name
             assert (cli.model.w_max == 0) == ("supervised" in name)
+
+
+class _Spread(L.Callback):
+    """Now and then, standard deviation of the test logits over images, mean over classes, and test error."""
+
+    def __init__(self, every):
+        self.every, self.spreads, self.errors = every, [], []
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer, pl_module):
+        if (trainer.current_epoch + 1) % self.every == 0:
+            network = copy.deepcopy(pl_module.model).eval()
+            images, labels = zip(*trainer.datamodule.test_dataloader(), strict=True)
+            logits = network(torch.cat(images))
+            self.spreads.append(logits.std(0).mean().item())
+            self.errors.append((logits.argmax(1) != torch.cat(labels)).float().mean().item())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls what jsonargparse deprecates
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_own_teacher_without_shifts_shrinks_its_logits(seed):
+    """Why README's own teacher fails there: linear between its own logits is what a constant is, too."""
+    spreads, errors = {}, {}
+    for name, w_max in {"semi_digits-supervised": 0.0, "semi_digits-self": 1.0}.items():
+        data = "--data.init_args.datamodule.init_args."
+        options = [f"{data}padding=0", f"{data}seed={seed}", f"--model.init_args.w_max={w_max}"]
+        options += ["--trainer.max_epochs=90", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+        cli = Prepared(["--config", name, *options], run=False)
+        cli.config.seed_everything = seed
+        cli.make()
+        watch = _Spread(every=30)
+        cli.trainer.callbacks.append(watch)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        spreads[name], errors[name] = watch.spreads, watch.errors
+        print(name, seed, "spread", watch.spreads, "error", watch.errors)
+    alone, own = spreads["semi_digits-supervised"], spreads["semi_digits-self"]
+    assert len(own) == 3
+    assert own[0] > own[1] > own[2]
+    assert own[-1] < 0.5 * own[0]
+    assert alone[-1] > 0.8 * alone[0]
+    assert errors["semi_digits-self"][-1] > 1.2 * errors["semi_digits-supervised"][-1]

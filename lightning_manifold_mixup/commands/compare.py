@@ -336,7 +336,9 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         for metric in _compared(results):
             name = NUMBERS.get(metric, metric)
             row[name] = row[f"{name} std"] = None
-            if any(metric in result["metrics"][epoch] for result in group):  # the error of a teacher, where there is one
+            if any(
+                metric in result["metrics"][epoch] for result in group
+            ):  # the error of a teacher, where there is one
                 values = [value_of(result, metric, epoch) for result in group]
                 row[name] = float(np.mean(values))
                 row[f"{name} std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -371,31 +373,44 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(results: Sequence[Result]) -> Figure:
-    """A panel for each recipe and metric: a bar for each method's mean, a dot for each seed."""
+    """Bars for means, dots for seeds: a row of panels for each recipe, or a bar for each if there is but one method."""
     figures = require("matplotlib.figure", "cli")
     names = list(dict.fromkeys(result["recipe"] for result in results))
     methods = [method for method in LABELS if any(result["method"] == method for result in results)]
     metrics = _compared(results)
-    figure = figures.Figure(figsize=(3.4 * len(metrics), 0.6 + 2.6 * len(names)), layout="constrained")
-    figure.suptitle("Test set after the last epoch: mean (bar) and seeds (dots)")
-    panels = figure.subplots(len(names), len(metrics), squeeze=False)
     colours = dict(zip(LABELS, ("#8c8c8c", "#e69f00", "#0072b2"), strict=True))
-    for name, line in zip(names, panels, strict=True):
+    bars = {
+        name: [
+            (LABELS[method], colours[method], [r for r in results if r["recipe"] == name and r["method"] == method])
+            for method in methods
+        ]
+        for name in names
+    }
+    if len(methods) == 1 and len(names) > 1:
+        title = LABELS[methods[0]]
+        bars = {title: [(name, colour, group) for name, [(_, colour, group)] in bars.items()]}
+    width = max(3.4, 0.9 * max(map(len, bars.values())))
+    figure = figures.Figure(figsize=(width * len(metrics), 0.6 + 2.6 * len(bars)), layout="constrained")
+    figure.suptitle("Test set after the last epoch: mean (bar) and seeds (dots)")
+    panels = figure.subplots(len(bars), len(metrics), squeeze=False)
+    for (title, row), line in zip(bars.items(), panels, strict=True):
         for metric, panel in zip(metrics, line, strict=True):
-            for position, method in enumerate(methods):
-                values = [value_of(r, metric) for r in results if r["recipe"] == name and r["method"] == method]
+            for position, (_, colour, group) in enumerate(row):
+                values = [value_of(result, metric) for result in group]
                 if not values or any(map(math.isnan, values)):
                     continue
                 mean = float(np.mean(values))
-                panel.bar(position, mean, width=0.7, color=colours[method])
+                panel.bar(position, mean, width=0.7, color=colour)
                 panel.scatter([position] * len(values), values, s=14, color="black", zorder=3)
                 panel.annotate(
                     f"{mean:.3g}", (position, max(values)), (0, 4), textcoords="offset points", ha="center", fontsize=9
                 )
             panel.margins(y=0.15)
+            panel.set_xlim(-0.6, len(row) - 0.4)
             panel.set_ylim(bottom=0)
-            panel.set_xticks(range(len(methods)), [LABELS[m].replace(" ", "\n", 1) for m in methods], fontsize=9)
-            panel.set_title(f"{name}: {NUMBERS.get(metric, metric)}", fontsize=10)
+            labels = [label.replace(" ", "\n", 1).replace("-", "-\n") for label, *_ in row]
+            panel.set_xticks(range(len(row)), labels, fontsize=9)
+            panel.set_title(f"{title}: {NUMBERS.get(metric, metric)}", fontsize=10)
             panel.spines[["top", "right"]].set_visible(False)
     return figure  # type: ignore[no-any-return]
 

@@ -23,7 +23,8 @@ class ConvNet(nn.Module):
         hidden: width of the fully connected hidden layer.
 
     Shape:
-        input (n, in_channels, height, width) of at least ``2 ** (len(widths) - 1)`` pixels a side, output (n, num_classes).
+        input (n, in_channels, height, width), at least ``2 ** (len(widths) - 1)`` pixels a side.
+        Output (n, num_classes).
 
     Example:
         >>> import torch
@@ -38,7 +39,9 @@ class ConvNet(nn.Module):
         super().__init__()
         channels = in_channels
         for i, width in enumerate(widths):
-            layer = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+            layer = nn.Sequential(
+                nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+            )
             if i:
                 layer.append(nn.MaxPool2d(2))
             self.add_module(f"layer{i + 1}", layer)
