@@ -710,22 +710,21 @@ class _Spread(L.Callback):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_an_own_teacher_without_shifts_shrinks_its_logits(seed):
     """Why README's own teacher fails there: linear between its own logits is what a constant is, too."""
-    spreads, errors = {}, {}
-    for name, w_max in {"semi_digits-supervised": 0.0, "semi_digits-self": 1.0}.items():
+    watched = {}
+    for name in ("semi_digits-supervised-wrn", "semi_digits-self-wrn"):
         data = "--data.init_args.datamodule.init_args."
-        options = [f"{data}padding=0", f"{data}seed={seed}", f"--model.init_args.w_max={w_max}"]
-        options += ["--trainer.max_epochs=90", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+        options = [f"{data}padding=0", f"{data}seed={seed}"]
+        options += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
         cli = Prepared(["--config", name, *options], run=False)
         cli.config.seed_everything = seed
         cli.make()
-        watch = _Spread(every=30)
-        cli.trainer.callbacks.append(watch)
+        watched[name] = _Spread(every=50)
+        cli.trainer.callbacks.append(watched[name])
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        spreads[name], errors[name] = watch.spreads, watch.errors
-        print(name, seed, "spread", watch.spreads, "error", watch.errors)
-    alone, own = spreads["semi_digits-supervised"], spreads["semi_digits-self"]
-    assert len(own) == 3
-    assert own[0] > own[1] > own[2]
-    assert own[-1] < 0.5 * own[0]
-    assert alone[-1] > 0.8 * alone[0]
-    assert errors["semi_digits-self"][-1] > 1.2 * errors["semi_digits-supervised"][-1]
+        print(name, seed, "spread", watched[name].spreads, "error", watched[name].errors)
+    alone, own = watched.values()
+    assert alone.spreads[0] < alone.spreads[1] < alone.spreads[2]
+    assert own.spreads[0] > own.spreads[1] > own.spreads[2]
+    assert own.spreads[2] < 0.5 * own.spreads[0]
+    assert own.errors[2] > own.errors[0]
+    assert own.errors[2] > 1.5 * alone.errors[2]
