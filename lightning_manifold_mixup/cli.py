@@ -402,13 +402,14 @@ class ManifoldMixupCLI(LightningCLI):
 
 @rank_zero_only
 def print_results(metrics: dict[str, float]) -> None:
-    """Prints test metrics as a table: error, NLL and calibration error first."""
+    """Prints test metrics as a table: error, NLL and calibration error first, those of a teacher next."""
     known = {
         "test/error": ("test error", "{:.2%}"),
         "test/top5_error": ("test error, top 5", "{:.2%}"),
         "test/nll": ("negative log likelihood (nats)", "{:.4f}"),
         "test/ece": ("expected calibration error", "{:.2%}"),
     }
+    known |= {key.replace("/", "/teacher_"): (f"{label}, of the teacher", form) for key, (label, form) in known.items()}
     table = require("rich.table", "cli").Table("after the last epoch", "test set")
     table.columns[1].justify = "right"
     for key, (label, form) in known.items():

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 from lightning_manifold_mixup import cli, recipes
-from lightning_manifold_mixup.cli import main
+from lightning_manifold_mixup.cli import main, print_results
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -266,6 +266,13 @@ def test_any_module_and_any_data(capsys) -> None:
     main(["fit", f"--model={boring}BoringModel", f"--data={boring}BoringDataModule", *args])
     assert "after the last epoch" not in capsys.readouterr().out  # it logs nothing in testing
     assert issubclass(BoringModel, LightningModule)
+
+
+def test_the_table_has_student_teacher_and_the_rest(capsys) -> None:
+    print_results({"test/kappa": 0.5, "test/teacher_error": 0.0123, "test/error": 0.25, "train/loss": 1.0})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    cells = [tuple(cell.strip() for cell in line.strip("│").split("│")) for line in lines]
+    assert cells == [("test error", "25.00 %"), ("test error, of the teacher", "1.23 %"), ("test/kappa", "0.5000")]
 
 
 def test_layers_of_a_recipe_and_of_any_network(capsys) -> None:
