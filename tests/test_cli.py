@@ -121,13 +121,17 @@ def test_ctrl_c_ends_cleanly(tmp_path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` has it ignored
     )
     metrics = tmp_path / "manifold_mixup_runs/csv/version_0/metrics.csv"
     deadline = time.monotonic() + 200
     while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode not in (0, None)
     assert "Traceback" not in output
     assert "test error" not in output
