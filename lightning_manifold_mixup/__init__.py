@@ -1,5 +1,8 @@
 """Manifold Mixup (Verma et al., ICML 2019) for any LightningModule, by adding one callback."""
 
+from lightning_manifold_mixup._step.targets import MixedTarget as MixedTarget
+from lightning_manifold_mixup._step.targets import MixingError as MixingError
+from lightning_manifold_mixup._step.targets import mixed_loss as mixed_loss
 from lightning_manifold_mixup.callback import AlphaSchedule as AlphaSchedule
 from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
 from lightning_manifold_mixup.layers import eligible_layers as eligible_layers
@@ -11,8 +14,5 @@ from lightning_manifold_mixup.module import ManifoldMixupModule as ManifoldMixup
 from lightning_manifold_mixup.semi_supervised import (
     SemiSupervisedManifoldMixupModule as SemiSupervisedManifoldMixupModule,
 )
-from lightning_manifold_mixup.targets import MixedTarget as MixedTarget
-from lightning_manifold_mixup.targets import MixingError as MixingError
-from lightning_manifold_mixup.targets import mixed_loss as mixed_loss
 
 __version__ = "0.1.0"

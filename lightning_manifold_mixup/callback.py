@@ -15,15 +15,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_manifold_mixup import batch as batches
-from lightning_manifold_mixup.compiled import compiled_parts, fresh_graphs
-from lightning_manifold_mixup.criteria import CriterionHooks, criterion_candidates, hand_plain_labels, metrics_of
+from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
+from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, hand_plain_labels, metrics_of
+from lightning_manifold_mixup._step.leaks import Leaks
+from lightning_manifold_mixup._step.randomness import generator, global_seed
+from lightning_manifold_mixup._step.step import Keys, MixedStep, sample_of
+from lightning_manifold_mixup._step.targets import labellings
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers, observe, resolve_layers
-from lightning_manifold_mixup.leaks import Leaks
 from lightning_manifold_mixup.mixing import Mix, MixingHook, check_alpha, draw_mix
-from lightning_manifold_mixup.randomness import generator, global_seed
-from lightning_manifold_mixup.step import Keys, MixedStep, sample_of
-from lightning_manifold_mixup.targets import labellings
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class ManifoldMixupCallback(pl.Callback):
     """Trains any LightningModule with Manifold Mixup (Verma et al., ICML 2019, section 2).
 
     For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a permutation of the batch; the
-    output of layer k is replaced by ``lam * h + (1 - lam) * h[permutation]`` and every loss of the labels becomes
-    ``lam * loss(y) + (1 - lam) * loss(y[permutation])``. Module, loss, metrics and data stay as they are. Validation,
+    output of layer k is replaced by ``lam * h + (1 - lam) * h[partners]`` and every loss of the labels becomes
+    ``lam * loss(y) + (1 - lam) * loss(y[partners])``. Module, loss, metrics and data stay as they are. Validation,
     test and predict are not touched.
 
     Before backward it is checked that the state was mixed at layer k, and that a loss has used the mixed target. A
@@ -340,7 +340,7 @@ class ManifoldMixupCallback(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
             values[f"manifold_mixup/loss/{step.layer}"] = loss
-        n = len(step.mix.permutation)
+        n = len(step.mix.partners)
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
 
 

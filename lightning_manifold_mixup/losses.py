@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_manifold_mixup.targets import mixed_loss
+from lightning_manifold_mixup._step.targets import mixed_loss
 
 LossName = Literal["cross_entropy", "bce"]
 
@@ -42,7 +42,7 @@ def label_accuracy(logits: Tensor, target: Tensor) -> Tensor:
         target: (n,) class indices, a :class:`~lightning_manifold_mixup.MixedTarget`, or (n, classes) probabilities.
 
     Returns:
-        A scalar without gradient, ``lam * accuracy(y) + (1 - lam) * accuracy(y[permutation])`` for mixed labels.
+        A scalar without gradient, ``lam * accuracy(y) + (1 - lam) * accuracy(y[partners])`` for mixed labels.
 
     Example:
         >>> from lightning_manifold_mixup import MixedTarget

@@ -2,12 +2,12 @@
 
 1. Draw a layer k from the eligible set S.                                     (the caller; see ``callback.py``)
 2. Run a minibatch up to layer k: ``h = g_k(x)``.                               (the network)
-3. Mix: ``h <- lam * h + (1 - lam) * h[permutation]``, likewise the labels,
+3. Mix: ``h <- lam * h + (1 - lam) * h[partners]``, likewise the labels,
    with ``lam ~ Beta(alpha, alpha)``.                                          (:class:`Mix`, :func:`draw_mix`)
 4. Go on from layer k to the output.                                           (:func:`mixing`)
 5. Take the loss against the mixed labels, and back-propagate.                 (:meth:`Mix.target`, ``targets.py``)
 
-Throughout this package **lam is the weight of the original sample**, and ``permutation[i]`` is the partner of sample i.
+Throughout this package **lam is the weight of the original sample**, and ``partners[i]`` is the partner of sample i.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from lightning_manifold_mixup.interpolation import interpolate
-from lightning_manifold_mixup.targets import MixedTarget, MixingError, Superposition
+from lightning_manifold_mixup._step.interpolation import interpolate
+from lightning_manifold_mixup._step.targets import MixedTarget, MixingError, Superposition
 
 T = TypeVar("T")
 
@@ -37,20 +37,20 @@ class Mix:
 
     Attributes:
         lam: weight of the original sample, 0-d float32 tensor in [0, 1].
-        permutation: (n,) int64 tensor; ``permutation[i]`` is the partner of sample i.
+        partners: (n,) int64 tensor; ``partners[i]`` is the partner of sample i.
 
     Example:
-        >>> mix = Mix(lam=torch.tensor(0.75), permutation=torch.tensor([1, 0]))
+        >>> mix = Mix(lam=torch.tensor(0.75), partners=torch.tensor([1, 0]))
         >>> mix(torch.tensor([[0.0], [4.0]]))
         tensor([[1.],
                 [3.]])
     """
 
     lam: Tensor
-    permutation: Tensor
+    partners: Tensor
 
     def __call__(self, h: T, batch_dim: int | Sequence[int] | None = None) -> T:
-        """``lam * h + (1 - lam) * h[permutation]`` (section 2, step 3), in the dtype of ``h``.
+        """``lam * h + (1 - lam) * h[partners]`` (section 2, step 3), in the dtype of ``h``.
 
         The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times; the backward
         pass is the same operation with the inverse permutation, so it is deterministic and no activation is kept.
@@ -67,7 +67,7 @@ class Mix:
         Raises:
             MixingError: if a tensor has no batch dimension of size n, or nothing in ``h`` can be mixed.
         """
-        n = len(self.permutation)
+        n = len(self.partners)
         dims = iter(batch_dims(h, n, batch_dim) if batch_dim is None or isinstance(batch_dim, int) else batch_dim)
 
         def mix(tensor: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class Mix:
             if tensor.shape[dim] != n:
                 raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
             if not (tensor.requires_grad and torch.is_grad_enabled()):  # labels, the input: spare what recording costs
-                return interpolate(tensor, self.lam, self.permutation, dim)
-            return _Interpolate.apply(tensor, self.lam, self.permutation, dim, False)  # type: ignore[no-any-return]
+                return interpolate(tensor, self.lam, self.partners, dim)
+            return _Interpolate.apply(tensor, self.lam, self.partners, dim, False)  # type: ignore[no-any-return]
 
         return mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)  # type: ignore[return-value]
 
@@ -100,7 +100,7 @@ class Mix:
         superposition = Superposition(self.lam)
 
         def mix(labels: Tensor) -> Tensor:
-            n = len(self.permutation)
+            n = len(self.partners)
             if labels.ndim == 0 or len(labels) != n:
                 raise ValueError(
                     f"Expected a target of {n} samples in dimension 0, as the batch has, got shape "
@@ -113,15 +113,15 @@ class Mix:
                 )
             if labels.is_floating_point():
                 return self(labels, batch_dim=0)
-            return MixedTarget._superpose(labels, labels[self.permutation], superposition)
+            return MixedTarget._superpose(labels, labels[self.partners], superposition)
 
         return mix(y) if isinstance(y, Tensor) else apply_to_collection(y, Tensor, mix)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> Mix:
         """The same draw on another device; the copy does not wait for the device."""
         if torch.device(device).type == "cpu":
-            return Mix(self.lam.to(device), self.permutation.to(device))
-        host = (t.pin_memory() if t.device.type == "cpu" else t for t in (self.lam, self.permutation))
+            return Mix(self.lam.to(device), self.partners.to(device))
+        host = (t.pin_memory() if t.device.type == "cpu" else t for t in (self.lam, self.partners))
         return Mix(*(t.to(device, non_blocking=True) for t in host))
 
 
@@ -188,7 +188,7 @@ def draw_mix(n: int, alpha: float = 1.0, generator: torch.Generator | np.random.
 
     Example:
         >>> mix = draw_mix(4, alpha=2.0, generator=torch.Generator().manual_seed(0))
-        >>> sorted(mix.permutation.tolist()), bool(0 <= mix.lam <= 1)
+        >>> sorted(mix.partners.tolist()), bool(0 <= mix.lam <= 1)
         ([0, 1, 2, 3], True)
     """
     check_alpha(alpha)
@@ -274,7 +274,7 @@ class MixingHook:
         if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
             sequence, states = output
             return self.mix(sequence, 0 if module.batch_first else 1), self.mix(states, 1)
-        n = len(self.mix.permutation)
+        n = len(self.mix.partners)
         if self._dims is None and n > 1:
             try:
                 self._dims = batch_dims(output, n, self.batch_dim)
@@ -320,7 +320,7 @@ def is_training_forward() -> bool:
 
 
 class _Interpolate(torch.autograd.Function):
-    """``lam * h + (1 - lam) * h[permutation]`` along ``dim``.
+    """``lam * h + (1 - lam) * h[partners]`` along ``dim``.
 
     The transpose of that map is the map of the inverse permutation: sample j receives (1 - lam) times the gradient of
     the one sample whose partner it is. So in backward, too, each sample is written once: no scatter with its random
@@ -330,14 +330,14 @@ class _Interpolate(torch.autograd.Function):
     # Not the newer way with `setup_context`: it binds the arguments by the signature each time, which takes longer than
     # mixing a small state.
     @staticmethod
-    def forward(ctx: Any, h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool) -> Tensor:
-        ctx.save_for_backward(lam, permutation)
+    def forward(ctx: Any, h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
+        ctx.save_for_backward(lam, partners)
         ctx.dim, ctx.transposed = dim, transposed
-        return interpolate(h, lam, permutation, dim, transposed)
+        return interpolate(h, lam, partners, dim, transposed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Recorded only for a second derivative: recording costs several times what mixing a small state does.
-        lam, permutation = ctx.saved_tensors
+        lam, partners = ctx.saved_tensors
         mix = _Interpolate.apply if torch.is_grad_enabled() else interpolate
-        return mix(gradient, lam, permutation, ctx.dim, not ctx.transposed), None, None, None, None
+        return mix(gradient, lam, partners, ctx.dim, not ctx.transposed), None, None, None, None

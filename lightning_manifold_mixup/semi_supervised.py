@@ -41,15 +41,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_manifold_mixup.batch import describe
+from lightning_manifold_mixup._step.batch import describe
+from lightning_manifold_mixup._step.compiled import compiled_parts
+from lightning_manifold_mixup._step.randomness import generator, global_seed
+from lightning_manifold_mixup._step.targets import plain
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
-from lightning_manifold_mixup.compiled import compiled_parts
 from lightning_manifold_mixup.layers import INPUT, eligible_layers, named_layers, resolve_layers
 from lightning_manifold_mixup.losses import LossName
 from lightning_manifold_mixup.mixing import Mix, check_alpha, draw_mix, mixing
 from lightning_manifold_mixup.module import Batch, ManifoldMixupModule, _default_optimizer
-from lightning_manifold_mixup.randomness import generator, global_seed
-from lightning_manifold_mixup.targets import plain
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -122,7 +122,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     """Trains a classifier from few labels and many unlabelled samples; see the module's docstring for the method.
 
     Training batches are ``{"labelled": (x, y), "unlabelled": (x, ...)}``, as
-    :class:`~lightning_manifold_mixup.data.SemiSupervisedDataModule` makes them. The module draws and mixes by itself,
+    :class:`~lightning_manifold_mixup.paper.data.SemiSupervisedDataModule` makes them. It draws and mixes by itself,
     without the callback: k, lam and permutation for the labelled and again for the unlabelled part, as functions of
     seed, rank and number of the batch alone; k is equal on all ranks. For the labelled part they are the draws of the
     callback.
@@ -268,7 +268,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         return x, y, u
 
     def _generators(self) -> tuple[np.random.Generator, np.random.Generator]:
-        """Of the draws that all ranks share (k), and of this rank's own (lam and permutation), for this batch."""
+        """Of the draws that all ranks share (k), and of this rank's own (lam and partners), for this batch."""
         count = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         shared = generator(self._drawing_seed, count, stream=0)
         shared.random()  # where the callback draws whether to mix: from here on its draws and ours are the same

@@ -101,7 +101,7 @@ class Draws(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         step = self.callback._step
-        self.drawn.append(None if step is None else (step.layer, step.mix.lam, step.mix.permutation))
+        self.drawn.append(None if step is None else (step.layer, step.mix.lam, step.mix.partners))
 
 
 def weights_of(module):

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_manifold_mixup.batch import describe, find, get, replaced, tensors, without
+from lightning_manifold_mixup._step.batch import describe, find, get, replaced, tensors, without
 
 Named = collections.namedtuple("Named", "a b")
 X, Y = torch.zeros(2, 3), torch.zeros(2).long()

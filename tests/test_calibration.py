@@ -52,9 +52,9 @@ def test_confidence_one_is_in_the_last_bin():
 
 def test_interpolate_and_noise_by_hand():
     images = 2 + 3 * torch.randn(64, 3, 20, 20)
-    permutation = torch.randperm(64)
-    expected = 0.3 * images + 0.7 * images[permutation]
-    torch.testing.assert_close(interpolate(images, 0.3, permutation), expected)
+    partners = torch.randperm(64)
+    expected = 0.3 * images + 0.7 * images[partners]
+    torch.testing.assert_close(interpolate(images, 0.3, partners), expected)
     images[:, 1] *= 5
     noise = noise_like(images, torch.Generator().manual_seed(0))
     torch.testing.assert_close(noise.mean((0, 2, 3)), images.mean((0, 2, 3)), rtol=0, atol=0.3)
@@ -79,8 +79,8 @@ def test_callback_reports_what_the_formulas_give(tmp_path):
         assert data["confidence"] == pytest.approx(logits.softmax(1).amax(1).mean().item(), abs=1e-6)
         generator, sure, sure_noise = torch.Generator().manual_seed(3), [], []
         for x in images.split(16):
-            permutation = torch.randperm(16, generator=generator)
-            sure.append(module((x + x[permutation]) / 2).softmax(1).amax(1))
+            partners = torch.randperm(16, generator=generator)
+            sure.append(module((x + x[partners]) / 2).softmax(1).amax(1))
             sure_noise.append(module(noise_like(x, generator)).softmax(1).amax(1))
     assert between == {
         "inputs": "interpolation 0.5", "confidence": pytest.approx(torch.cat(sure).mean().item(), abs=1e-6),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Accuracy, MetricCollection
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, MixedTarget, MixingError
-from lightning_manifold_mixup.models import preact_resnet18
+from lightning_manifold_mixup.paper.models import preact_resnet18
 from tests.helpers import (
     CLASSES,
     LAYERS,
@@ -29,8 +29,8 @@ from tests.helpers import (
 )
 
 
-def mixed_by_hand(h, lam, permutation):
-    return lam * h + (1 - lam) * h[permutation]
+def mixed_by_hand(h, lam, partners):
+    return lam * h + (1 - lam) * h[partners]
 
 
 def fit(module, callback, batches=None, **kwargs):
@@ -46,18 +46,18 @@ class TestExactness:
     def test_preact_resnet_one_step(self, layer):
         net = preact_resnet18(num_classes=CLASSES, initial_channels=4)
         ours, reference = Classifier(copy.deepcopy(net)), net
-        [(name, lam, permutation)] = fit(ours, ManifoldMixupCallback(layers=[layer], seed=1), loader(8))
+        [(name, lam, partners)] = fit(ours, ManifoldMixupCallback(layers=[layer], seed=1), loader(8))
         assert name == layer
 
         x, y = images(8)
-        h = mixed_by_hand(x, lam, permutation) if layer == "input" else x
+        h = mixed_by_hand(x, lam, partners) if layer == "input" else x
         h = reference.conv1(h)
         for stage in ("layer1", "layer2", "layer3", "layer4"):
             h = getattr(reference, stage)(h)
             if layer == f"model.{stage}":
-                h = mixed_by_hand(h, lam, permutation)
+                h = mixed_by_hand(h, lam, partners)
         logits = reference.linear(F.adaptive_avg_pool2d(h, 1).flatten(1))
-        loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+        loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
         optimizer = torch.optim.SGD(reference.parameters(), 0.1)
         loss.backward()
         optimizer.step()
@@ -72,10 +72,10 @@ class TestExactness:
         assert {layer for layer, _, _ in drawn} == set(LAYERS)
 
         optimizer = torch.optim.SGD(reference.parameters(), 0.5)
-        for (layer, lam, permutation), (x, y) in zip(drawn, list(loader()) * 4, strict=True):
+        for (layer, lam, partners), (x, y) in zip(drawn, list(loader()) * 4, strict=True):
             before, after = reference.states(x)[layer]
-            logits = after(mixed_by_hand(before(x), lam, permutation))
-            loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+            logits = after(mixed_by_hand(before(x), lam, partners))
+            loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -160,7 +160,7 @@ class TestDraws:
 
     def test_odd_last_batch_and_batch_of_one(self):
         drawn = fit(Classifier(), ManifoldMixupCallback(layers=LAYERS), loader(9, 4))
-        assert [len(permutation) for _, _, permutation in drawn] == [4, 4, 1]
+        assert [len(partners) for _, _, partners in drawn] == [4, 4, 1]
 
 
 @dataclasses.dataclass
@@ -266,17 +266,15 @@ class TestBatches:
             "flags": torch.rand(6, 3) > 0.5,
         }
         module = ManyHeads()
-        [(_, lam, permutation)] = fit(
+        [(_, lam, partners)] = fit(
             module,
             ManifoldMixupCallback(layers=["model.trunk".removeprefix("model.")]),
             DataLoader([(x, y)], batch_size=None),
         )
-        z = module.heads(mixed_by_hand(module.trunk(x), lam, permutation))
-        partner = {key: value[permutation] for key, value in y.items()}
+        z = module.heads(mixed_by_hand(module.trunk(x), lam, partners))
+        partner = {key: value[partners] for key, value in y.items()}
         expected = lam * module.losses_of(z, y) + (1 - lam) * module.losses_of(z, partner)
-        expected[1] = F.mse_loss(
-            z[:, 4], mixed_by_hand(y["value"], lam, permutation)
-        )  # floats: against the mixed target
+        expected[1] = F.mse_loss(z[:, 4], mixed_by_hand(y["value"], lam, partners))  # floats: against the mixed target
         torch.testing.assert_close(module.last.detach().as_subclass(torch.Tensor), expected.detach())
 
     def test_loss_inside_the_model(self):
@@ -299,11 +297,11 @@ class TestBatches:
         batch = {"input_ids": torch.randint(9, (6, 5)), "labels": torch.randint(CLASSES, (6,))}
         module = Language(WithLabels(), lr=0.0)
         callback = ManifoldMixupCallback(layers=["model.embedding"])
-        [(_, lam, permutation)] = fit(module, callback, DataLoader([batch], batch_size=None))
+        [(_, lam, partners)] = fit(module, callback, DataLoader([batch], batch_size=None))
         net = module.model
-        h = mixed_by_hand(net.embedding(batch["input_ids"]), lam, permutation)
+        h = mixed_by_hand(net.embedding(batch["input_ids"]), lam, partners)
         logits, y = net.head(net.encoder(h).mean(1)), batch["labels"]
-        expected = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+        expected = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
         assert module.losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
     def test_batch_dim(self):
@@ -318,9 +316,9 @@ class TestBatches:
         x, y = torch.randn(8, 8, 3), torch.randint(CLASSES, (8,))  # as many steps as samples
         module = Classifier(TimeMajor(), lr=0.0)
         callback = ManifoldMixupCallback(layers=["model.embed"], batch_dim=1)
-        [(_, lam, permutation)] = fit(module, callback, DataLoader([(x, y)], batch_size=None))
-        logits = module.model(mixed_by_hand(x, lam, permutation))  # embed and mean are linear
-        expected = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+        [(_, lam, partners)] = fit(module, callback, DataLoader([(x, y)], batch_size=None))
+        logits = module.model(mixed_by_hand(x, lam, partners))  # embed and mean are linear
+        expected = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
         assert module.losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -460,12 +458,12 @@ class TestChecks:
         module.seen = []
         x, y = images(8)
         callback = ManifoldMixupCallback(layers=["model.layer1"])
-        [(_, lam, permutation)] = fit(module, callback, DataLoader([(x, y)], batch_size=None))
+        [(_, lam, partners)] = fit(module, callback, DataLoader([(x, y)], batch_size=None))
         [(logits, teacher, evaluated)] = module.seen
         net = module.model.train()
         before, after = net.states(x)["model.layer1"]
         torch.testing.assert_close(teacher, net(x).detach())
-        torch.testing.assert_close(logits, after(mixed_by_hand(before(x), lam, permutation)).detach())
+        torch.testing.assert_close(logits, after(mixed_by_hand(before(x), lam, partners)).detach())
         assert not torch.allclose(evaluated, logits)
 
     def test_evaluation_is_not_touched(self):

@@ -15,8 +15,9 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
-from lightning_manifold_mixup import cli, recipes
-from lightning_manifold_mixup.cli import main, print_results
+from lightning_manifold_mixup.cli import app as cli
+from lightning_manifold_mixup.cli.app import main, print_results
+from lightning_manifold_mixup.paper import recipes
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -258,7 +259,7 @@ def test_the_data_tells_the_model_its_sizes() -> None:
     made = cli.ManifoldMixupCLI(["--config=digits", "--trainer.logger=false"], run=False)
     assert made.model.model.conv1.in_channels == 1
     assert made.model.model.linear.out_features == 10
-    flat = ["--data.init_args.flatten=true", "--model.init_args.model=lightning_manifold_mixup.models.MLP"]
+    flat = ["--data.init_args.flatten=true", "--model.init_args.model=lightning_manifold_mixup.paper.models.MLP"]
     layers = ["--model.init_args.layers=auto", "--trainer.logger=false"]
     made = cli.ManifoldMixupCLI(["--config=digits", *flat, *layers], run=False)
     assert made.model(torch.zeros(2, 64)).shape == (2, 10)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_manifold_mixup.cli import main
-from lightning_manifold_mixup.commands import compare
+from lightning_manifold_mixup.cli import compare, main
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

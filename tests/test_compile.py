@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix, MixingError
-from lightning_manifold_mixup.targets import plain
+from lightning_manifold_mixup._step.targets import plain
 from tests.helpers import CLASSES, LAYERS, Classifier, Validated, assert_untouched, loader, trainer
 
 pytestmark = [
@@ -135,11 +135,11 @@ def test_compiled_losses(loss):
     """One graph for all draws, whichever labelling dominates."""
     graphs = CompileCounter()
     compiled = torch.compile(loss, backend=graphs, fullgraph=True)
-    y, permutation = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2])
+    y, partners = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2])
     for lam in (0.3, 0.6, 0.7):
         z = torch.randn(4, 4, requires_grad=True)
-        target = Mix(torch.tensor(lam), permutation).target(y)
-        ours, expected = compiled(z, target), lam * loss(z, y) + (1 - lam) * loss(z, y[permutation])
+        target = Mix(torch.tensor(lam), partners).target(y)
+        ours, expected = compiled(z, target), lam * loss(z, y) + (1 - lam) * loss(z, y[partners])
         torch.testing.assert_close(plain(ours), expected)
         torch.testing.assert_close(torch.autograd.grad(ours, z), torch.autograd.grad(expected, z))
     assert graphs.frame_count == 1

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
-from lightning_manifold_mixup.criteria import criterion_candidates
+from lightning_manifold_mixup._step.criteria import criterion_candidates
 from tests.helpers import Classifier, Draws, images, loader, trainer
 
 
@@ -31,9 +31,9 @@ def test_whole_criterion_on_both_labellings():
     module, drawn, callback = step_of(Branches(), batches, ["input"])
     assert callback.state_dict()["criteria"] == ["criterion"]
     x, y = images(8)
-    for loss, (_, lam, permutation) in zip(module.losses, drawn, strict=True):
-        logits = module.model(lam * x + (1 - lam) * x[permutation])
-        expected = lam * Branches()(logits, y) + (1 - lam) * Branches()(logits, y[permutation])
+    for loss, (_, lam, partners) in zip(module.losses, drawn, strict=True):
+        logits = module.model(lam * x + (1 - lam) * x[partners])
+        expected = lam * Branches()(logits, y) + (1 - lam) * Branches()(logits, y[partners])
         torch.testing.assert_close(loss, expected.item(), rtol=1e-5, atol=0)
 
 
@@ -51,9 +51,9 @@ def test_lovasz_with_ignore_index_and_keywords():
     callback = ManifoldMixupCallback(layers=["model.0"], seed=0)
     draws = Draws(callback)
     trainer(callback, draws).fit(module, DataLoader(TensorDataset(x, y), 4))
-    [(_, lam, permutation)] = draws.drawn
-    logits = module.model[1](lam * module.model[0](x) + (1 - lam) * module.model[0](x)[permutation])
-    expected = lam * criterion(logits, y) + (1 - lam) * criterion(logits, y[permutation])
+    [(_, lam, partners)] = draws.drawn
+    logits = module.model[1](lam * module.model[0](x) + (1 - lam) * module.model[0](x)[partners])
+    expected = lam * criterion(logits, y) + (1 - lam) * criterion(logits, y[partners])
     torch.testing.assert_close(module.losses[0], expected.item(), rtol=1e-5, atol=0)
 
 

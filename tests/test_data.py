@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_manifold_mixup.data import (
+from lightning_manifold_mixup.paper.data import (
     CIFAR10DataModule,
     CIFAR100DataModule,
     DigitsDataModule,
@@ -22,10 +22,10 @@ from lightning_manifold_mixup.data import (
     SVHNDataModule,
     TinyImageNetDataModule,
 )
-from lightning_manifold_mixup.data.batches import ImageDataset, collate, normalize, random_crop, random_flip
-from lightning_manifold_mixup.data.semi_supervised import RepeatingSampler
-from lightning_manifold_mixup.data.spirals import spirals
-from lightning_manifold_mixup.data.splits import draw_per_class, split_by_class
+from lightning_manifold_mixup.paper.data.batches import ImageDataset, collate, normalize, random_crop, random_flip
+from lightning_manifold_mixup.paper.data.semi_supervised import RepeatingSampler
+from lightning_manifold_mixup.paper.data.spirals import spirals
+from lightning_manifold_mixup.paper.data.splits import draw_per_class, split_by_class
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
 Image = pytest.importorskip("PIL.Image")
@@ -374,7 +374,7 @@ class TestImageFolder:
             assert torch.equal(y, y2)
 
     def test_only_the_subset_is_decoded(self, image_folder, monkeypatch):
-        from lightning_manifold_mixup.data import batches
+        from lightning_manifold_mixup.paper.data import batches
 
         read = []
         original = batches.read_image
@@ -429,7 +429,7 @@ class TestImageFolder:
         assert (data.train_set.images == 7).all()
 
     def test_cache(self, image_folder, tmp_path, monkeypatch):
-        from lightning_manifold_mixup.data import batches
+        from lightning_manifold_mixup.paper.data import batches
 
         before = set(tmp_path.rglob("*"))
         plain = ImageFolderDataModule(str(image_folder), in_memory=True)
@@ -655,7 +655,7 @@ class TestForEveryModule:
         parser = jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(L.LightningDataModule, "data")
         name = type(data).__name__
-        args = [f"--data=lightning_manifold_mixup.data.{name}"]
+        args = [f"--data=lightning_manifold_mixup.paper.data.{name}"]
         if name == "SemiSupervisedDataModule":
             args += ["--data.datamodule=DigitsDataModule", "--data.datamodule.seed=3", "--data.labels_per_class=4"]
         else:
@@ -845,8 +845,8 @@ class TestSemiSupervised:
 
 TWO_PROCESSES = """
 import json, sys, torch, lightning as L
-from lightning_manifold_mixup.data import SemiSupervisedDataModule, ClassificationDataModule
-from lightning_manifold_mixup.data.batches import VectorDataset
+from lightning_manifold_mixup.paper.data import SemiSupervisedDataModule, ClassificationDataModule
+from lightning_manifold_mixup.paper.data.batches import VectorDataset
 
 class Numbers(ClassificationDataModule):
     class_names = tuple("0123456789")

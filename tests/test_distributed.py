@@ -116,12 +116,12 @@ def test_weights_are_those_of_both_shards_by_hand(runs, mode):
     for step in range(STEPS):
         for rank in range(2):
             index = torch.arange(rank, len(x), 2)[step * BATCH : (step + 1) * BATCH]
-            layer, lam, permutation = results[rank][mode]["drawn"][step]
+            layer, lam, partners = results[rank][mode]["drawn"][step]
             before, after = net.states(x)[layer or "input"]  # None: observed, lam is 1
             h = before(x[index])
-            logits = after(lam * h + (1 - lam) * h[permutation])
+            logits = after(lam * h + (1 - lam) * h[partners])
             labels = y[index]
-            loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, labels[permutation])
+            loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, labels[partners])
             (loss / 2).backward()
             losses[rank].append(loss.item())
         optimizer.step()

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup.commands import figure as command
-from lightning_manifold_mixup.figures import bottleneck, spectrum, spirals
-from lightning_manifold_mixup.figures.training import (
+from lightning_manifold_mixup._step.randomness import generator
+from lightning_manifold_mixup.cli import figure as command
+from lightning_manifold_mixup.paper.figures import bottleneck, spectrum, spirals
+from lightning_manifold_mixup.paper.figures.training import (
     Method,
     Problem,
     digits,
@@ -20,8 +21,7 @@ from lightning_manifold_mixup.figures.training import (
     square_around,
     train,
 )
-from lightning_manifold_mixup.models import BottleneckMLP
-from lightning_manifold_mixup.randomness import generator
+from lightning_manifold_mixup.paper.models import BottleneckMLP
 
 FIGURES = {"spirals": spirals, "bottleneck": bottleneck, "spectrum": spectrum}
 
@@ -67,10 +67,10 @@ def test_training_is_the_plain_loop(small):
             count += 1
             mix = draw_mix(20, 2.0, generator(5, count, stream=1))
             h = network.bottleneck(network.layer1(x[batch]))
-            h = mix.lam * h + (1 - mix.lam) * h[mix.permutation]
+            h = mix.lam * h + (1 - mix.lam) * h[mix.partners]
             logits = network.linear(network.layer2(h))
             loss = mix.lam * F.cross_entropy(logits, y[batch])
-            loss = loss + (1 - mix.lam) * F.cross_entropy(logits, y[batch][mix.permutation])
+            loss = loss + (1 - mix.lam) * F.cross_entropy(logits, y[batch][mix.partners])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_manifold_mixup import interpolation
-from lightning_manifold_mixup.interpolation import interpolate
+from lightning_manifold_mixup._step import interpolation
+from lightning_manifold_mixup._step.interpolation import interpolate
 
 LAMS = [0.0, 0.3, 0.5, 0.8, 1.0]
 NO_TRITON = importlib.util.find_spec("triton") is None
@@ -25,11 +25,11 @@ needs_gpu = [
 ]
 
 
-def formula(h: Tensor, lam: Tensor, permutation: Tensor, dim: int, transposed: bool = False) -> Tensor:
+def formula(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool = False) -> Tensor:
     """The definition, by a matrix: row i has lam in column i and 1 - lam in the column of the partner of i."""
-    n = len(permutation)
+    n = len(partners)
     matrix = lam.double() * torch.eye(n, dtype=torch.double)
-    matrix[range(n), permutation] += 1 - lam.double()
+    matrix[range(n), partners] += 1 - lam.double()
     mixed = torch.tensordot(matrix.T if transposed else matrix, h.double().movedim(dim, 0), 1).movedim(0, dim)
     return mixed.to(h.dtype)
 
@@ -56,9 +56,9 @@ def test_agrees_with_the_formula(
 ) -> None:
     h = torch.randn(shape).to(dtype)
     for number in LAMS:
-        lam, permutation = draw(shape[dim], number)
-        mixed = interpolate(h, lam, permutation, dim, transposed)
-        torch.testing.assert_close(mixed, formula(h, lam, permutation, dim, transposed))
+        lam, partners = draw(shape[dim], number)
+        mixed = interpolate(h, lam, partners, dim, transposed)
+        torch.testing.assert_close(mixed, formula(h, lam, partners, dim, transposed))
         assert mixed.dtype == dtype
 
 
@@ -66,17 +66,17 @@ def test_agrees_with_the_formula(
 def test_half_precision_is_rounded_once(path: str, dtype: torch.dtype) -> None:
     """Double precision rounded once: bit for bit. Arithmetic in half precision is off in about every second element."""
     h = torch.randn(32, 100).to(dtype)
-    lam, permutation = draw(32, 0.3)
+    lam, partners = draw(32, 0.3)
     assert torch.equal(
-        interpolate(h, lam, permutation), torch.lerp(h[permutation].double(), h.double(), lam.double()).to(dtype)
+        interpolate(h, lam, partners), torch.lerp(h[partners].double(), h.double(), lam.double()).to(dtype)
     )
 
 
 def test_lam_one_and_zero_are_exact(path: str) -> None:
     h = torch.randn(8, 5)
-    _, permutation = draw(8)
-    assert torch.equal(interpolate(h, torch.tensor(1.0), permutation), h)
-    assert torch.equal(interpolate(h, torch.tensor(0.0), permutation), h[permutation])
+    _, partners = draw(8)
+    assert torch.equal(interpolate(h, torch.tensor(1.0), partners), h)
+    assert torch.equal(interpolate(h, torch.tensor(0.0), partners), h[partners])
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_lam_one_and_zero_are_exact(path: str) -> None:
     ],
 )
 def test_strides_are_kept(path: str, h: Tensor) -> None:
-    lam, permutation = draw(6)
-    mixed = interpolate(h, lam, permutation)
-    torch.testing.assert_close(mixed, formula(h, lam, permutation, 0))
+    lam, partners = draw(6)
+    mixed = interpolate(h, lam, partners)
+    torch.testing.assert_close(mixed, formula(h, lam, partners, 0))
     assert mixed.stride() == h.stride()
 
 
@@ -106,8 +106,8 @@ def test_strides_are_kept(path: str, h: Tensor) -> None:
     ],
 )
 def test_any_strides_are_read(path: str, h: Tensor) -> None:
-    lam, permutation = draw(6)
-    torch.testing.assert_close(interpolate(h, lam, permutation), formula(h, lam, permutation, 0))
+    lam, partners = draw(6)
+    torch.testing.assert_close(interpolate(h, lam, partners), formula(h, lam, partners, 0))
 
 
 def test_the_input_is_left_alone(path: str) -> None:
@@ -124,36 +124,34 @@ def test_every_row_comes_before_its_partner_in_a_cycle() -> None:
 def test_a_large_state_needs_no_temporary() -> None:
     """All that is allocated, apart from the result, is less than a tenth of it."""
     h = torch.randn(16, 1 << 17)
-    lam, permutation = draw(16)
+    lam, partners = draw(16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        interpolate(h, lam, permutation)
+        interpolate(h, lam, partners)
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert h.nbytes <= allocated < 1.1 * h.nbytes
 
 
 def test_compiled_without_graph_breaks() -> None:
     compiled = torch.compile(interpolate, fullgraph=True, backend="aot_eager")
-    h, (lam, permutation) = torch.randn(8, 5), draw(8)
+    h, (lam, partners) = torch.randn(8, 5), draw(8)
     for transposed in (False, True):
-        torch.testing.assert_close(
-            compiled(h, lam, permutation, 0, transposed), formula(h, lam, permutation, 0, transposed)
-        )
+        torch.testing.assert_close(compiled(h, lam, partners, 0, transposed), formula(h, lam, partners, 0, transposed))
 
 
 # ------------------------------------------------------------------------------------------------------- the kernel
 
 IN_INTERPRETER = """
 import contextlib, torch
-from lightning_manifold_mixup import interpolation, kernels
+from lightning_manifold_mixup._step import interpolation, kernels
 
 torch.cuda.device = lambda device: contextlib.nullcontext()
 for shape, dim in [((6, 4, 3), 0), ((3, 6, 7), 1), ((2, 3, 5), 2), ((4, 5000), 0), ((9,), 0), ((1, 5), 0), ((6, 0), 0)]:
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         for transposed in (False, True):
             for number in (0.0, 0.3, 0.5, 0.8, 1.0):
-                h, lam, permutation = torch.randn(shape).to(dtype), torch.tensor(number), torch.randperm(shape[dim])
-                mixed = kernels.interpolate(h, lam, permutation, dim, transposed)
-                expected = interpolation._plain(h, lam, permutation, dim, transposed)
+                h, lam, partners = torch.randn(shape).to(dtype), torch.tensor(number), torch.randperm(shape[dim])
+                mixed = kernels.interpolate(h, lam, partners, dim, transposed)
+                expected = interpolation._plain(h, lam, partners, dim, transposed)
                 # The interpreter truncates where a GPU rounds to nearest: one unit in the last place.
                 last_place = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
                 torch.testing.assert_close(mixed, expected, **last_place)
@@ -173,7 +171,7 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str) -> Non
     triton = importlib.import_module("triton")
     source = importlib.import_module("triton.compiler").ASTSource
     target = importlib.import_module("triton.backends.compiler").GPUTarget
-    from lightning_manifold_mixup.kernels import _mix
+    from lightning_manifold_mixup._step.kernels import _mix
 
     constants = {"transposed": True, "double": dtype == "fp64", "block": 2048}
     signature = {
@@ -181,7 +179,7 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str) -> Non
             "h_pointer": f"*{dtype}",
             "mixed_pointer": f"*{dtype}",
             "lam_pointer": "*fp32",
-            "permutation_pointer": "*i64",
+            "partners_pointer": "*i64",
         },
         **dict.fromkeys(("samples", "inner", "blocks"), "i32"),
         **dict.fromkeys(constants, "constexpr"),
@@ -201,7 +199,7 @@ def no_kernel_known() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_kernel_known")
 def test_without_triton_the_plain_operations_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup.kernels", None)
+    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup._step.kernels", None)
     assert interpolation._kernel(torch.device("cpu")) is None
 
 
@@ -212,7 +210,9 @@ def test_a_triton_that_does_not_work_is_said_once_and_not_taken(monkeypatch: pyt
     def broken(*args: object) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup.kernels", types.SimpleNamespace(interpolate=broken))
+    monkeypatch.setitem(
+        sys.modules, "lightning_manifold_mixup._step.kernels", types.SimpleNamespace(interpolate=broken)
+    )
     with pytest.warns(UserWarning, match=r"Failed to find C compiler.*twice as long"):
         assert interpolation._kernel(torch.device("cpu")) is None
     assert interpolation._kernel(torch.device("cpu")) is None  # a second warning would be an error here
@@ -230,22 +230,22 @@ class TestOnGPU:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("shape", "dim"), [((128, 64, 8, 8), 0), ((50, 32, 768), 1), ((33, 5001), 0), ((7,), 0)])
     def test_kernel_agrees(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, transposed: bool) -> None:
-        h, (lam, permutation) = torch.randn(shape).to(dtype), draw(shape[dim])
+        h, (lam, partners) = torch.randn(shape).to(dtype), draw(shape[dim])
         for on in ("cuda", "cpu"):  # where the draw is
-            mixed = interpolate(h.cuda(), lam.to(on), permutation.to(on), dim, transposed)
-            torch.testing.assert_close(mixed.cpu(), formula(h, lam, permutation, dim, transposed))
+            mixed = interpolate(h.cuda(), lam.to(on), partners.to(on), dim, transposed)
+            torch.testing.assert_close(mixed.cpu(), formula(h, lam, partners, dim, transposed))
 
     def test_kernel_keeps_channels_last(self) -> None:
-        h, (lam, permutation) = torch.randn(8, 4, 3, 2).to(memory_format=torch.channels_last), draw(8)
-        mixed = interpolate(h.cuda(), lam.cuda(), permutation.cuda())
+        h, (lam, partners) = torch.randn(8, 4, 3, 2).to(memory_format=torch.channels_last), draw(8)
+        mixed = interpolate(h.cuda(), lam.cuda(), partners.cuda())
         assert mixed.stride() == h.stride()
-        torch.testing.assert_close(mixed.cpu(), formula(h, lam, permutation, 0))
+        torch.testing.assert_close(mixed.cpu(), formula(h, lam, partners, 0))
 
     def test_one_state_more_is_the_peak(self) -> None:
-        h, (lam, permutation) = torch.randn(64, 1 << 16, device="cuda"), draw(64)
-        lam, permutation = lam.cuda(), permutation.cuda()
-        interpolate(h, lam, permutation)
+        h, (lam, partners) = torch.randn(64, 1 << 16, device="cuda"), draw(64)
+        lam, partners = lam.cuda(), partners.cuda()
+        interpolate(h, lam, partners)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        interpolate(h, lam, permutation)
+        interpolate(h, lam, partners)
         assert torch.cuda.max_memory_allocated() - before < 1.01 * h.nbytes

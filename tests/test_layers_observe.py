@@ -11,10 +11,10 @@ import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_manifold_mixup._step.targets import MixedTarget
 from lightning_manifold_mixup.layers import eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
 from lightning_manifold_mixup.mixing import is_training_forward
-from lightning_manifold_mixup.targets import MixedTarget
 
 
 class Plain:
@@ -389,19 +389,19 @@ def test_outputs_can_be_named_as_the_end():
 def test_a_mixing_hook_does_not_disturb():
     class Mixed(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, h, lam, permutation):
-            ctx.save_for_backward(lam, permutation)
-            return lam * h + (1 - lam) * h[permutation]
+        def forward(ctx, h, lam, partners):
+            ctx.save_for_backward(lam, partners)
+            return lam * h + (1 - lam) * h[partners]
 
         @staticmethod
         def backward(ctx, grad):
-            lam, permutation = ctx.saved_tensors
-            return lam * grad + (1 - lam) * grad[permutation.argsort()], None, None
+            lam, partners = ctx.saved_tensors
+            return lam * grad + (1 - lam) * grad[partners.argsort()], None, None
 
     module = Step()
-    lam, permutation = torch.tensor(0.3), torch.randperm(5)
+    lam, partners = torch.tensor(0.3), torch.randperm(5)
     hooks = [
-        module.get_submodule(name).register_forward_hook(lambda _, args, h: Mixed.apply(h, lam, permutation))
+        module.get_submodule(name).register_forward_hook(lambda _, args, h: Mixed.apply(h, lam, partners))
         for name in ("net.0", "net.2")
     ]
     assert module.report(lambda x, y: F.cross_entropy(module.net(x), y)).eligible == PATH

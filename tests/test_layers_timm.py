@@ -1,7 +1,7 @@
 """Networks of timm's families, against a test of behaviour that knows nothing of graphs.
 
 In eval mode samples do not meet. If the whole state is what a layer returns, then replacing it by that of other
-samples, h by h[permutation], gives their logits: logits[permutation]. If some of the state goes around the layer, it
+samples, h by h[partners], gives their logits: logits[partners]. If some of the state goes around the layer, it
 does not.
 """
 
@@ -96,7 +96,7 @@ def bring_to_life(network: nn.Module, x: torch.Tensor) -> None:
         network.eval()
 
 
-def swapped_logits(network: nn.Module, x: torch.Tensor, row: LayerRow, permutation: torch.Tensor) -> torch.Tensor:
+def swapped_logits(network: nn.Module, x: torch.Tensor, row: LayerRow, partners: torch.Tensor) -> torch.Tensor:
     """Run the network with the rows of one layer's output exchanged."""
     dims = dict(zip(row.shapes, row.batch_dims, strict=True))
 
@@ -104,7 +104,7 @@ def swapped_logits(network: nn.Module, x: torch.Tensor, row: LayerRow, permutati
         if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
             return tensor
         dim = dims.get(tuple(tensor.shape), 0)
-        return tensor if dim is None else tensor.index_select(dim, permutation)
+        return tensor if dim is None else tensor.index_select(dim, partners)
 
     hook = named_layers(network)[row.name].register_forward_hook(lambda _, args, output: tree_map(swap, output))
     try:
@@ -131,12 +131,12 @@ def test_swapping_samples_at_a_layer_swaps_the_logits_exactly_if_it_is_eligible(
     x = torch.randn(BATCH, 3, size, size, dtype=torch.double)
     bring_to_life(network, x)
     report = eligible_layers(network, x)
-    permutation = torch.tensor([3, 0, 4, 2, 1])
+    partners = torch.tensor([3, 0, 4, 2, 1])
     with torch.no_grad():
         logits = network(x)
         scale = (logits - logits.mean(0)).std()  # of what tells samples apart
         error = {
-            row.name: (swapped_logits(network, x, row, permutation) - logits[permutation]).abs().max() / scale
+            row.name: (swapped_logits(network, x, row, partners) - logits[partners]).abs().max() / scale
             for row in (*sample(report, eligible=True), *sample(report, eligible=False))
         }
     assert len(report.default) > 1

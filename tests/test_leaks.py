@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_manifold_mixup import MixedTarget, mixed_loss
-from lightning_manifold_mixup.leaks import Leaks
+from lightning_manifold_mixup._step.leaks import Leaks
 from tests.test_targets import HAND_WRITTEN, LAM, PERMUTATION, WEIGHTS, C, N
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_manifold_mixup import Mix, SoftLabelLossMixin
+from lightning_manifold_mixup._step.targets import plain
 from lightning_manifold_mixup.losses import label_accuracy, softmax_bce
-from lightning_manifold_mixup.targets import plain
 
 MIX = Mix(torch.tensor(0.3), torch.tensor([1, 2, 3, 0]))
 Y = torch.tensor([0, 2, 1, 2])
@@ -16,7 +16,7 @@ def one_hot(y):
 
 
 def soft(y):
-    return MIX.lam * one_hot(y) + (1 - MIX.lam) * one_hot(y[MIX.permutation])
+    return MIX.lam * one_hot(y) + (1 - MIX.lam) * one_hot(y[MIX.partners])
 
 
 class Module(SoftLabelLossMixin, L.LightningModule):
@@ -52,7 +52,7 @@ def test_softmax_bce_is_float32_under_autocast():
 
 def test_accuracy_is_lam_weighted():
     logits = torch.randn(4, 3)
-    hits = [(logits.argmax(1) == y).float().mean() for y in (Y, Y[MIX.permutation])]
+    hits = [(logits.argmax(1) == y).float().mean() for y in (Y, Y[MIX.partners])]
     expected = MIX.lam * hits[0] + (1 - MIX.lam) * hits[1]
     torch.testing.assert_close(label_accuracy(logits, MIX.target(Y)), expected)
     torch.testing.assert_close(label_accuracy(logits, soft(Y)), expected)

@@ -18,7 +18,7 @@ MIX = Mix(torch.tensor(0.3), torch.tensor([2, 0, 3, 1]))
 
 
 def formula(h, mix=MIX):
-    return mix.lam * h + (1 - mix.lam) * h[mix.permutation]
+    return mix.lam * h + (1 - mix.lam) * h[mix.partners]
 
 
 class TestMix:
@@ -28,15 +28,15 @@ class TestMix:
 
     def test_lam_is_the_weight_of_the_original(self):
         h = torch.eye(4)
-        assert torch.equal(Mix(torch.tensor(1.0), MIX.permutation)(h), h)
-        assert torch.equal(Mix(torch.tensor(0.0), MIX.permutation)(h), h[MIX.permutation])
+        assert torch.equal(Mix(torch.tensor(1.0), MIX.partners)(h), h)
+        assert torch.equal(Mix(torch.tensor(0.0), MIX.partners)(h), h[MIX.partners])
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
     def test_keeps_the_dtype_and_rounds_once(self, dtype):
         h = torch.randn(4, 257).to(dtype)
         mixed = MIX(h)
         assert mixed.dtype == dtype
-        exact = formula(h.double(), Mix(MIX.lam.double(), MIX.permutation))
+        exact = formula(h.double(), Mix(MIX.lam.double(), MIX.partners))
         # One rounding to `dtype`, give or take the float32 rounding before it.
         step = torch.finfo(dtype).eps * exact.abs() * 0.51 + 1e-6
         assert ((mixed.double() - exact).abs() <= step).all()
@@ -110,7 +110,7 @@ class TestTarget:
         target = MIX.target(y)
         assert isinstance(target, MixedTarget)
         assert torch.equal(target.labels, y)
-        assert torch.equal(target.partners, y[MIX.permutation])
+        assert torch.equal(target.partners, y[MIX.partners])
 
     def test_floats_are_mixed(self):
         y = torch.rand(4, 3)
@@ -139,14 +139,14 @@ class TestDraw:
 
     def test_permutation_is_uniform(self):
         generator = np.random.default_rng(1)
-        counts = collections.Counter(tuple(draw_mix(3, 1.0, generator).permutation.tolist()) for _ in range(6000))
+        counts = collections.Counter(tuple(draw_mix(3, 1.0, generator).partners.tolist()) for _ in range(6000))
         assert len(counts) == 6
         assert scipy.stats.chisquare(list(counts.values())).pvalue > 0.01
 
     def test_generator_decides(self):
         a, b = (draw_mix(9, 1.0, torch.Generator().manual_seed(3)) for _ in range(2))
         assert a.lam == b.lam
-        assert torch.equal(a.permutation, b.permutation)
+        assert torch.equal(a.partners, b.partners)
 
     def test_alpha_zero_mixes_nothing(self):
         assert draw_mix(4, 0.0).lam == 1
@@ -161,7 +161,7 @@ class TestDraw:
     def test_any_draw_is_a_draw(self, alpha, n, seed):
         mix = draw_mix(n, alpha, torch.Generator().manual_seed(seed))
         assert 0 <= mix.lam <= 1
-        assert sorted(mix.permutation.tolist()) == list(range(n))
+        assert sorted(mix.partners.tolist()) == list(range(n))
 
 
 class TestMixing:
@@ -175,7 +175,7 @@ class TestMixing:
 
         before, after = net.states(x)["model.layer1"]
         logits = after(formula(before(x), mix))
-        by_hand = mix.lam * F.cross_entropy(logits, y) + (1 - mix.lam) * F.cross_entropy(logits, y[mix.permutation])
+        by_hand = mix.lam * F.cross_entropy(logits, y) + (1 - mix.lam) * F.cross_entropy(logits, y[mix.partners])
         torch.testing.assert_close(loss.item(), by_hand.item())
         torch.testing.assert_close(gradients, torch.autograd.grad(by_hand, list(net.parameters())))
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
-from lightning_manifold_mixup.cli import ManifoldMixupCLI
+from lightning_manifold_mixup.cli.app import ManifoldMixupCLI
 from lightning_manifold_mixup.layers import eligible_layers
-from lightning_manifold_mixup.models import (
+from lightning_manifold_mixup.paper.models import (
     MLP,
     BottleneckMLP,
     ConvNet,
@@ -335,12 +335,12 @@ class TestBuildModel:
     [
         ("torchvision.models.resnet18", {}, ["input", "model.layer1", "model.layer2"]),
         (
-            "lightning_manifold_mixup.models.build_model",
+            "lightning_manifold_mixup.paper.models.build_model",
             {"name": "timm:resnet10t"},
             ["input", "model.layer1", "model.layer2"],
         ),
         (
-            "lightning_manifold_mixup.models.build_model",
+            "lightning_manifold_mixup.paper.models.build_model",
             {"name": "shufflenet_v2_x0_5"},
             ["input", "model.stage2", "model.stage3"],
         ),
@@ -370,7 +370,7 @@ def test_models_and_data_need_no_extra_to_be_imported():
     code = (
         "import sys; extras = ('torchvision', 'timm', 'sklearn', 'matplotlib', 'PIL');"
         "import lightning, torchmetrics; before = set(sys.modules);"
-        "import lightning_manifold_mixup.models, lightning_manifold_mixup.data;"
+        "import lightning_manifold_mixup.paper.models, lightning_manifold_mixup.paper.data;"
         "print([m for m in set(sys.modules) - before if m.partition('.')[0] in extras])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

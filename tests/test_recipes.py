@@ -5,8 +5,8 @@ import torch
 import yaml
 
 from lightning_manifold_mixup import ManifoldMixupCallback, recipes
-from lightning_manifold_mixup.commands import recipes as command
-from lightning_manifold_mixup.commands.compare import Prepared
+from lightning_manifold_mixup.cli import recipes as command
+from lightning_manifold_mixup.cli.compare import Prepared
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers, recipes
 from lightning_manifold_mixup import semi_supervised as semi
-from lightning_manifold_mixup.commands.compare import Prepared
+from lightning_manifold_mixup.cli.compare import Prepared
 from lightning_manifold_mixup.semi_supervised import (
     SemiSupervisedManifoldMixupModule,
     consistency_weight,
@@ -93,11 +93,11 @@ class ByHand:
 
     def mixed(self, x, alpha, shared, own):
         layer = LAYERS[shared.integers(3)]
-        lam, permutation = float(np.float32(own.beta(alpha, alpha))), torch.from_numpy(own.permutation(len(x)))
+        lam, partners = float(np.float32(own.beta(alpha, alpha))), torch.from_numpy(own.permutation(len(x)))
         before, after = self.student.states(x)[layer]
         h = before(x)
         self.layers.append(layer)
-        return after(lam * h + (1 - lam) * h[permutation]), lam, permutation
+        return after(lam * h + (1 - lam) * h[partners]), lam, partners
 
     def loss(self, x, y, u, rank=0):
         """Of one process; all processes have the same number of the batch, which rank 0 counts on."""
@@ -107,12 +107,12 @@ class ByHand:
             for stream in (0, 1 + rank)
         )
         shared.random()
-        logits, lam, permutation = self.mixed(x, self.alphas[0], shared, own)
-        labelled = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+        logits, lam, partners = self.mixed(x, self.alphas[0], shared, own)
+        labelled = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
 
         target = (self.student if self.ema is None else self.ema)(u).detach()
-        logits, lam, permutation = self.mixed(u, self.alphas[1], shared, own)
-        target = lam * target + (1 - lam) * target[permutation]
+        logits, lam, partners = self.mixed(u, self.alphas[1], shared, own)
+        target = lam * target + (1 - lam) * target[partners]
         if self.ema is not None:
             logits, target = logits.softmax(1), target.softmax(1)
         consistency = ((logits - target) ** 2).mean()

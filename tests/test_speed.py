@@ -47,7 +47,7 @@ class Counting(TorchDispatchMode):
 @pytest.fixture
 def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of all devices but the CPU, where reading lam on the host is no wait."""
-    from lightning_manifold_mixup import interpolation
+    from lightning_manifold_mixup._step import interpolation
 
     monkeypatch.setattr(interpolation, "_contiguous", interpolation._plain)
 
@@ -175,10 +175,10 @@ def test_the_count_sees_a_wait() -> None:
 @pytest.mark.usefixtures("device_like")
 def test_mixing_on_a_device_without_data_reads_nothing(transposed: bool) -> None:
     """A meta tensor has no data: whatever asks for some, raises."""
-    from lightning_manifold_mixup.interpolation import interpolate
+    from lightning_manifold_mixup._step.interpolation import interpolate
 
-    h, lam, permutation = (torch.empty(4, 3), torch.tensor(0.3), torch.arange(4))
-    mixed = interpolate(*(t.to("meta") for t in (h, lam, permutation)), 0, transposed)
+    h, lam, partners = (torch.empty(4, 3), torch.tensor(0.3), torch.arange(4))
+    mixed = interpolate(*(t.to("meta") for t in (h, lam, partners)), 0, transposed)
     assert mixed.device.type == "meta"
 
 
@@ -188,7 +188,7 @@ def test_the_loss_of_many_classes_makes_nothing_dense_of_the_labels() -> None:
     y = torch.randint(50_000, (8,))
     mix = Mix(torch.tensor(0.3), torch.randperm(8))
     with Counting() as two:
-        for labels in (y, y[mix.permutation]):
+        for labels in (y, y[mix.partners]):
             F.cross_entropy(logits, labels)
     with Counting() as mixed:
         F.cross_entropy(logits, mix.target(y))

@@ -1,4 +1,4 @@
-"""Every loss of labels in superposition is ``lam * L(y) + (1 - lam) * L(y[permutation])``, value and gradient."""
+"""Every loss of labels in superposition is ``lam * L(y) + (1 - lam) * L(y[partners])``, value and gradient."""
 
 import collections
 import copy
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_manifold_mixup import MixedTarget, MixingError, draw_mix, mixed_loss
-from lightning_manifold_mixup.batch import get, without
-from lightning_manifold_mixup.step import Keys, MixedStep
-from lightning_manifold_mixup.targets import MixedValue, Superposition, plain
+from lightning_manifold_mixup._step.batch import get, without
+from lightning_manifold_mixup._step.step import Keys, MixedStep
+from lightning_manifold_mixup._step.targets import MixedValue, Superposition, plain
 
 N, C = 8, 5
 LAM = torch.tensor(0.3)
@@ -38,11 +38,11 @@ def mixed(y):
     return MixedTarget(y, y[PERMUTATION], LAM)
 
 
-def assert_exact(loss, logits, y, lam=LAM, permutation=PERMUTATION):
+def assert_exact(loss, logits, y, lam=LAM, partners=PERMUTATION):
     """Compares a loss function of (logits, labels) with the formula, both in value and in gradient."""
     logits = logits.detach().requires_grad_()
-    ours = loss(logits, MixedTarget(y, y[permutation], lam))
-    formula = lam * loss(logits, y) + (1 - lam) * loss(logits, y[permutation])
+    ours = loss(logits, MixedTarget(y, y[partners], lam))
+    formula = lam * loss(logits, y) + (1 - lam) * loss(logits, y[partners])
     assert ours.requires_grad
     torch.testing.assert_close(plain(ours), formula)
     gradients = [torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (ours, formula)]
@@ -478,6 +478,6 @@ def test_property_any_batch_view_and_loss_is_the_formula(case):
     z = torch.randn(count, classes, generator=generator, dtype=dtype, requires_grad=True)
     ours = value(z, get(mixed, path))
     lam = mix.lam.to(dtype)
-    formula = lam * value(z, y) + (1 - lam) * value(z, y[mix.permutation])
+    formula = lam * value(z, y) + (1 - lam) * value(z, y[mix.partners])
     torch.testing.assert_close(plain(ours), formula, equal_nan=True)
     torch.testing.assert_close(torch.autograd.grad(ours, z)[0], torch.autograd.grad(formula, z)[0], equal_nan=True)

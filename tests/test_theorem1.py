@@ -5,7 +5,8 @@ import pytest
 import torch
 from numpy.polynomial.legendre import leggauss
 
-from lightning_manifold_mixup.evaluation import ClassSpectrum, fit_free_states, least_risk, linear_mixup_risk
+from lightning_manifold_mixup.evaluation import ClassSpectrum
+from lightning_manifold_mixup.paper.theorem import fit_free_states, least_risk, linear_mixup_risk
 
 
 @pytest.fixture(autouse=True)

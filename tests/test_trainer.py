@@ -45,11 +45,11 @@ def train(module, *, seed=3, layers=LAYERS, batches=None, callbacks=(), **kwargs
 
 def mixed_loss_by_hand(net, batch, draw):
     """The loss of one batch, from its definition."""
-    (x, y), (layer, lam, permutation) = batch, draw
+    (x, y), (layer, lam, partners) = batch, draw
     before, after = net.states(x)[layer]
     h = before(x)
-    logits = after(lam * h + (1 - lam) * h[permutation])
-    return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+    logits = after(lam * h + (1 - lam) * h[partners])
+    return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
 
 
 class Checkpointed(nn.Module):
@@ -177,13 +177,13 @@ class TestOptimization:
         net = copy.deepcopy(module.model)
         drawn = train(module, layers=["model.1"])
         optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=4)
-        for (x, y), (_, lam, permutation) in zip(loader(), drawn, strict=True):
+        for (x, y), (_, lam, partners) in zip(loader(), drawn, strict=True):
 
-            def closure(x=x, y=y, lam=lam, permutation=permutation):
+            def closure(x=x, y=y, lam=lam, partners=partners):
                 optimizer.zero_grad()
                 h = net[1](net[0](x))
-                logits = net[3](net[2](lam * h + (1 - lam) * h[permutation]))
-                loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+                logits = net[3](net[2](lam * h + (1 - lam) * h[partners]))
+                loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
                 loss.backward()
                 return loss
 
@@ -210,12 +210,12 @@ class TestOptimization:
 
         module = Aux()
         reference = copy.deepcopy(module)
-        [(_, lam, permutation)] = train(module, layers=["model.layer1"], batches=loader(8))
+        [(_, lam, partners)] = train(module, layers=["model.layer1"], batches=loader(8))
         x, y = images(8)
         h = reference.model.layer1(reference.model.conv1(x))
-        h = lam * h + (1 - lam) * h[permutation]
+        h = lam * h + (1 - lam) * h[partners]
         heads = reference.model.fc(reference.model.layer2(h).mean((2, 3))), reference.aux(h.mean((2, 3)))
-        main, aux = (lam * F.cross_entropy(z, y) + (1 - lam) * F.cross_entropy(z, y[permutation]) for z in heads)
+        main, aux = (lam * F.cross_entropy(z, y) + (1 - lam) * F.cross_entropy(z, y[partners]) for z in heads)
         torch.testing.assert_close(module.outputs["loss"], (main + 0.3 * aux).detach())
         assert type(module.outputs["loss"]) is type(module.outputs["y"]) is torch.Tensor
 
@@ -368,10 +368,10 @@ class TestCopies:
             return
         average = [p.detach().clone() for p in net.parameters()]
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
-        for index, ((x, y), (_, lam, permutation)) in enumerate(zip([*loader(), *loader()], drawn, strict=True)):
+        for index, ((x, y), (_, lam, partners)) in enumerate(zip([*loader(), *loader()], drawn, strict=True)):
             h = net[:3](x)
-            logits = net[3](lam * h + (1 - lam) * h[permutation])
-            loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+            logits = net[3](lam * h + (1 - lam) * h[partners])
+            loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -414,7 +414,7 @@ class TestLoops:
             def __iter__(self):
                 return iter(zip(*images(10), strict=True))
 
-        assert [len(permutation) for _, _, permutation in train(Classifier(), batches=DataLoader(Stream(), 4))] == [
+        assert [len(partners) for _, _, partners in train(Classifier(), batches=DataLoader(Stream(), 4))] == [
             4,
             4,
             2,

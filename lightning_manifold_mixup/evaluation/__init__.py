@@ -29,7 +29,6 @@ from lightning_manifold_mixup.evaluation.spectrum import (
     plot_spectrum,
     spectrum_summary,
 )
-from lightning_manifold_mixup.evaluation.theorem import fit_free_states, least_risk, linear_mixup_risk
 
 __all__ = [
     "DEFORMATIONS",
@@ -45,11 +44,8 @@ __all__ = [
     "confidence",
     "deform",
     "fgsm",
-    "fit_free_states",
     "hidden_states",
     "interpolate",
-    "least_risk",
-    "linear_mixup_risk",
     "noise_like",
     "pgd",
     "plot_attacks",

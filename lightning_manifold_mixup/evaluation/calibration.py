@@ -53,13 +53,13 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1).amax(1)
 
 
-def interpolate(images: Tensor, lam: float, permutation: Tensor) -> Tensor:
+def interpolate(images: Tensor, lam: float, partners: Tensor) -> Tensor:
     """Give points on the lines between images and their partners.
 
     Args:
         images: (n, ...).
         lam: weight of the image itself; 1 - lam is the weight of its partner.
-        permutation: (n,), `permutation[i]` is the partner of image i.
+        partners: (n,), `partners[i]` is the partner of image i.
 
     Returns:
         The mixed images, same shape.
@@ -69,7 +69,7 @@ def interpolate(images: Tensor, lam: float, permutation: Tensor) -> Tensor:
         tensor([[0.2500],
                 [0.7500]])
     """
-    return torch.lerp(images[permutation], images, lam)
+    return torch.lerp(images[partners], images, lam)
 
 
 def noise_like(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -185,9 +185,9 @@ class CalibrationCallback(EvaluationCallback):
         self.record("accuracy", correct)
         self.record("nll", F.cross_entropy(logits, target, reduction="none"))
         self._sure("data", "data", logits, correct)
-        permutation = torch.randperm(len(images), generator=self.generator).to(images.device)
+        partners = torch.randperm(len(images), generator=self.generator).to(images.device)
         for lam in self.lams:
-            between = interpolate(images, lam, permutation)
+            between = interpolate(images, lam, partners)
             self._sure("interpolation", f"interpolation {lam:g}", self.logits(pl_module, between))
         self._sure("noise", "noise", self.logits(pl_module, noise_like(images, self.generator)))
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
-from lightning_manifold_mixup.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_manifold_mixup import ManifoldMixupCallback, draw_mix
-from lightning_manifold_mixup.models import MLP
+from lightning_manifold_mixup.paper.models import MLP
 
 from .measure import Measure, Section, keep_memory
 from .step import Classifier, fit

@@ -52,7 +52,7 @@ def row(measure: Measure, h: Tensor, layout: str, dim: int) -> list[str]:
     h = h.detach().requires_grad_()
     lam = mix.lam.to(h.dtype)
     copied, mixed = Copy.apply(h), mix(h, dim)
-    naive = lam * h + (1 - lam) * h.index_select(dim, mix.permutation)
+    naive = lam * h + (1 - lam) * h.index_select(dim, mix.partners)
     first, second, number = h.detach(), mixed.detach(), mix.lam.item()
     gradient = torch.empty_like(mixed).copy_(mixed.detach())
 
@@ -63,7 +63,7 @@ def row(measure: Measure, h: Tensor, layout: str, dim: int) -> list[str]:
         {
             "copy": lambda: Copy.apply(h),
             "mix": lambda: mix(h, dim),
-            "naive": lambda: lam * h + (1 - lam) * h.index_select(dim, mix.permutation),
+            "naive": lambda: lam * h + (1 - lam) * h.index_select(dim, mix.partners),
             "lerp": lambda: torch.lerp(second, first, number),
             "copy back": lambda: backward(copied),
             "mix back": lambda: backward(mixed),

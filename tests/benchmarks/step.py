@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, draw_mix
-from lightning_manifold_mixup.models import MLP, preact_resnet18
+from lightning_manifold_mixup.paper.models import MLP, preact_resnet18
 
 from .measure import Measure, Section
 
@@ -75,14 +75,14 @@ class OneHot(Peer):
 
     def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         mix = draw_mix(len(x))
-        lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
+        lam, partners = mix.lam.item(), mix.partners.to(x.device)
         handle = self.get_submodule(self.layer).register_forward_hook(
-            lambda module, args, h: lam * h + (1 - lam) * h[permutation]
+            lambda module, args, h: lam * h + (1 - lam) * h[partners]
         )
         logits = self.model(x)
         handle.remove()
         labels = F.one_hot(y.cpu(), logits.shape[1]).float()
-        target = (lam * labels + (1 - lam) * labels[permutation.cpu()]).to(x.device)
+        target = (lam * labels + (1 - lam) * labels[partners.cpu()]).to(x.device)
         return -(target * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
@@ -91,18 +91,18 @@ class Rebound(Peer):
 
     def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         mix = draw_mix(len(x))
-        lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
+        lam, partners = mix.lam.item(), mix.partners.to(x.device)
         layer = self.get_submodule(self.layer)
         original = layer.forward
 
         def forward(*args: Any) -> Tensor:
             h: Tensor = original(*args)
-            return lam * h + (1 - lam) * h[permutation]
+            return lam * h + (1 - lam) * h[partners]
 
         layer.forward = forward
         logits = self.model(x)
         del layer.forward
-        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
 
 
 class TwoForwards(Peer):
@@ -110,7 +110,7 @@ class TwoForwards(Peer):
 
     def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
         mix = draw_mix(len(x))
-        lam, permutation = mix.lam.item(), mix.permutation.to(x.device)
+        lam, partners = mix.lam.item(), mix.partners.to(x.device)
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, h: Tensor) -> None:
@@ -120,27 +120,27 @@ class TwoForwards(Peer):
         layer = self.get_submodule(self.layer)
         handle = layer.register_forward_hook(keep)
         try:
-            self.model(x[permutation])
+            self.model(x[partners])
         except StopIteration:
             handle.remove()
         handle = layer.register_forward_hook(lambda module, args, h: lam * h + (1 - lam) * kept[0])
         logits = self.model(x)
         handle.remove()
-        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[permutation])
+        return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
 
 
 class PerSample(Peer):
     """A lam for each sample, and ``torch.lerp``."""
 
     def mixed_step(self, x: Tensor, y: Tensor) -> Tensor:
-        permutation = torch.randperm(len(x), device=x.device)
+        partners = torch.randperm(len(x), device=x.device)
         lam = torch.rand(len(x), device=x.device)
         handle = self.get_submodule(self.layer).register_forward_hook(
-            lambda module, args, h: torch.lerp(h[permutation], h, lam.view(-1, *[1] * (h.ndim - 1)))
+            lambda module, args, h: torch.lerp(h[partners], h, lam.view(-1, *[1] * (h.ndim - 1)))
         )
         logits = self.model(x)
         handle.remove()
-        losses = (F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[permutation]))
+        losses = (F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[partners]))
         first, second = losses
         return torch.lerp(second, first, lam).mean()
 

@@ -1,0 +1,59 @@
+"""`manifold-mixup figure spirals|bottleneck|spectrum`: the paper's figures about hidden states."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup.evaluation.report import print_table, write_report
+
+FIGURES = {
+    "spirals": "Figure 1: decision boundary, hidden states and singular values of seven ways to train",
+    "bottleneck": "Figure 2: digits in a bottleneck of two dimensions, without mixup, with input and Manifold Mixup",
+    "spectrum": "flattening: singular values of each class's hidden states, on digits",
+}
+"""Each figure's name (also its module's in `lightning_manifold_mixup.paper.figures`) and what it shows."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Trains, prints a table, and writes `NAME.png`, `NAME.csv` and `NAME.json`.
+
+    Args:
+        args: what follows ``manifold-mixup figure``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="manifold-mixup figure", description="Draw one of the paper's figures: train, measure, plot."
+    )
+    names = parser.add_subparsers(dest="figure", metavar="FIGURE", required=True)
+    for name, text in FIGURES.items():
+        module = import_module(f"lightning_manifold_mixup.paper.figures.{name}")
+        options = names.add_parser(name, help=text, description=module.__doc__)
+        options.formatter_class = argparse.RawDescriptionHelpFormatter
+        options.add_argument(
+            "--seeds", type=_positive, default=module.SEEDS, help="trainings per method (default: %(default)s)"
+        )
+        options.add_argument(
+            "--epochs", type=_positive, default=module.EPOCHS, help="of each training (default: %(default)s)"
+        )
+        options.add_argument(
+            "--out", type=Path, default=Path("manifold_mixup_runs"), help="folder of the files (default: %(default)s)"
+        )
+    chosen = parser.parse_args(args)
+    for package in ("matplotlib", "rich", "sklearn"):  # missed now rather than after the training
+        require(package, "cli")
+
+    report = import_module(f"lightning_manifold_mixup.paper.figures.{chosen.figure}").make(chosen.epochs, chosen.seeds)
+    for title, table in report.tables.items():
+        print_table(table, title)
+    paths = write_report(report.rows, chosen.out / chosen.figure, report.figure, **report.details)
+    print("written:", *paths)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value

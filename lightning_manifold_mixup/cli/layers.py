@@ -1,0 +1,123 @@
+"""`manifold-mixup layers`: which layers of a network are eligible for mixing, which are chosen, and why."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric, MetricCollection
+
+from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup.cli.app import PROGRAM, UsageError, asked_for, class_of, console
+from lightning_manifold_mixup.cli.compare import Prepared
+from lightning_manifold_mixup.layers import LayerReport, eligible_layers
+
+_SAMPLES = 5
+"""Of the example batch: no usual size of another dimension."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the command.
+
+    Args:
+        args: what follows ``manifold-mixup layers``.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    options, rest = _parser().parse_known_args(args)
+    shape = None if options.input_shape is None else _shape(options.input_shape)
+    config = ["--config", options.config] if options.config else []
+    path = asked_for(rest).get("model", {}).get("class_path")
+    target = class_of(path, nn.Module)
+    if path is not None and target is None:
+        raise UsageError(f"There is no class or function {path!r} (--model.class_path), or it cannot be imported.")
+    if options.config or path is None or (isinstance(target, type) and issubclass(target, LightningModule)):
+        model, inputs = _from_recipe([*config, *rest], shape)
+    else:
+        model, inputs = _bare(rest), torch.randn(_SAMPLES, *(shape or (3, 64, 64)))
+    report = _observed(model, inputs)
+    metrics = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Metric | MetricCollection)
+    }
+    report = replace(report, rows=tuple(row for row in report.rows if row.name not in metrics))
+    console_ = console()
+    console_.print(report.as_table())
+    console_.print(f"layers='auto' mixes at: {', '.join(report.default) or 'nothing'}", highlight=False)
+
+
+def _observed(model: nn.Module, inputs: Any) -> LayerReport:
+    try:
+        return eligible_layers(model, inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        cause = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{type(model).__name__} does not run on an input of shape {shapes}: {cause.rstrip('.!')}. "
+            "Set --input_shape, such as 3,224,224."
+        ) from error
+
+
+def _from_recipe(args: list[str], shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
+    """The LightningModule of a configuration, and an input: of the given shape, or from its first training batch."""
+    cli = Prepared(args, run=False)
+    cli.config.trainer.logger = False
+    cli.config.trainer.accelerator = "cpu"
+    cli.save_config_callback = None
+    cli.make()
+    if shape is not None:
+        return cli.model, torch.randn(_SAMPLES, *shape)
+    if cli.datamodule is None:
+        raise UsageError("There is no data to take an example from: give --input_shape, such as 3,32,32.")
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    with suppress(ValueError):  # no input to be found in it: take its first tensor
+        batch = batches.get(batch, batches.find(batch, "input", None))
+    return cli.model, next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))[:_SAMPLES]
+
+
+def _bare(args: list[str]) -> nn.Module:
+    """Any network: ``--model.class_path`` of a class or function, ``--model.init_args``."""
+    parser = ArgumentParser(prog=f"{PROGRAM} layers")
+    parser.add_argument("--model", type=nn.Module, required=True)
+    # Without defaults: for functions such as swin_t that hand on keyword arguments, those found may not be accepted.
+    config = parser.parse_args(args, defaults=False)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+    model: nn.Module = instantiate(config).model
+    return model
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise UsageError(f"Expected --input_shape to be sizes with commas between, such as 3,32,32, got {text!r}.")
+    return tuple(map(int, sizes))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} layers",
+        description="Prints a network's layers: name, type, output shape, whether it is in S (layers='auto'), and why.",
+        epilog="Further options are those of `fit`: --model.class_path torchvision.models.resnet50 (any module or "
+        "function), --model.init_args..., --data... Names are relative to the LightningModule of a recipe, or to the "
+        "bare network.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", metavar="RECIPE", help="name of a recipe, or a file (default: digits)")
+    parser.add_argument(
+        "--input_shape",
+        metavar="C,H,W",
+        help="of one sample, filled with random numbers (default: a training batch; 3,64,64 without data)",
+    )
+    return parser
