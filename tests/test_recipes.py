@@ -4,9 +4,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_manifold_mixup import ManifoldMixupCallback, recipes
+from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup.cli import recipes as command
 from lightning_manifold_mixup.cli.compare import Prepared
+from lightning_manifold_mixup.paper import recipes
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
