@@ -68,7 +68,8 @@ class CriterionHooks:
         return paired(output, second, superposition, averaged=recorded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CriterionHooks:
-        return memo.setdefault(id(self), CriterionHooks())
+        copied: CriterionHooks = memo.setdefault(id(self), CriterionHooks())
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(CriterionHooks())
@@ -113,7 +114,7 @@ def _metrics(module: nn.Module) -> Iterator[Metric]:
         if isinstance(part, Metric):
             yield part
         for value in list(vars(part).values()):
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            for item in items:
+            items = value.values() if isinstance(value, dict) else value
+            for item in list(items) if isinstance(value, (dict, list, tuple)) else [value]:
                 if isinstance(item, (Metric, MetricCollection)):
                     yield from (m for m in item.modules() if isinstance(m, Metric))

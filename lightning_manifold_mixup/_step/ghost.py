@@ -210,7 +210,7 @@ def _copyable() -> Iterator[None]:
 
     def detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         if tensor.is_leaf:
-            return original(tensor, memo)  # type: ignore[no-any-return]
+            return original(tensor, memo)  # type: ignore[no-untyped-call,no-any-return]
         memo[id(tensor)] = copied = tensor.detach().clone()
         return copied
 
@@ -264,4 +264,3 @@ _REDUCERS: dict[Any, Any] = {
     io.BufferedReader: _file,
     torch.Generator: _generator,
 }
-

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_manifold_mixup._step.switches import is_unmixed
+
 if TYPE_CHECKING:
     from lightning_manifold_mixup.mixing import Mix
 
@@ -35,13 +37,17 @@ class MixingHook:
         self.in_eval = False
 
     def arm(self, mixes: tuple[Mix, ...]) -> None:
-        """Mixes by these draws from now on; none, and nothing is mixed."""
+        """Mixes by these draws from now on."""
         self.mixes = mixes
         self.calls = 0
 
+    def disarm(self) -> None:
+        """Lets every state through."""
+        self.mixes = ()
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The mixed output, or None to leave it as it is."""
-        if not self.mixes or not (module.training or self.in_eval) or not is_training_forward():
+        if not self.mixes or is_unmixed() or not (module.training or self.in_eval) or not is_training_forward():
             return None
         from lightning_manifold_mixup.mixing import batch_dims
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_manifold_mixup._step.targets import (
     REMEDY,
-    SuperpositionError,
     Superposition,
+    SuperpositionError,
     _shown,
     _Superposed,
     note_use,
@@ -118,7 +118,9 @@ def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Sup
     target, *others = args
     inside = isinstance(target, _Superposed) and not (target._first._is_view() or target._second._is_view())
     if not inside or name.startswith("set ") or name in _HOOKS:
-        raise SuperpositionError(f"`{name}` writes what depends on the labels into a tensor that can hold one value. {REMEDY}")
+        raise SuperpositionError(
+            f"`{name}` writes what depends on the labels into a tensor that can hold one value. {REMEDY}"
+        )
     func(target._first, *_under(others, _first), **_under(kwargs, _first))
     func(target._second, *_under(others, _second), **_under(kwargs, _second))
     recorded = note_use(superposition, (target._first, target._second))
@@ -171,7 +173,8 @@ def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition
         total = (losses * weight.reshape(weight.shape + (1,) * (losses.ndim - 1)).to(losses)).sum()
         results.append(total / _count(under, losses) if reduction == "mean" else total)
     note_use(superposition, results)
-    return paired(*results, superposition.reduced)
+    first, second = results
+    return paired(first, second, superposition.reduced)
 
 
 def _count(arguments: dict[str, Any], losses: Tensor) -> Tensor | int:
@@ -180,8 +183,10 @@ def _count(arguments: dict[str, Any], losses: Tensor) -> Tensor | int:
         return losses.numel()
     counted = arguments["target"] != arguments["ignore_index"]
     if arguments["weight"] is None:
-        return counted.sum()
-    return (arguments["weight"][arguments["target"].where(counted, 0)] * counted).sum()
+        total: Tensor = counted.sum()
+        return total
+    total = (arguments["weight"][arguments["target"].where(counted, 0)] * counted).sum()
+    return total
 
 
 # A property that is a value; all others (grad_fn, device, ...) are of the object.

@@ -1,4 +1,4 @@
-"""Two oracles that know nothing of how labels are kept in superposition: the user's own step tells whether it was right.
+"""Two oracles: the user's own training step tells whether it is mixed rightly, whatever mixes it.
 
 - **swap** (eval mode): when the state at layer k and the targets are permuted alike, the loss must stay as it is. Else
   something reaches the loss past layer k and the targets: a second label, a teacher, samples sorted inside forward.
@@ -11,15 +11,18 @@ changed. Neither has a verdict where it has no power, that is, where a mistake w
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import CriterionHooks, plain_metrics
 from lightning_manifold_mixup._step.ghost import (
     Backwards,
@@ -27,11 +30,10 @@ from lightning_manifold_mixup._step.ghost import (
     isolated,
     random_states,
     same_random_states,
-    set_random_states,
 )
 from lightning_manifold_mixup._step.step import Call, How, Site, loss_of
-from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
-from lightning_manifold_mixup.layers import INPUT, named_layers
+from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, SuperpositionError, plain
+from lightning_manifold_mixup.layers import named_layers
 from lightning_manifold_mixup.mixing import Mix
 
 # How many modules before the loss have their gradients compared: heads.
@@ -47,6 +49,9 @@ class Verdict(Enum):
     FAILED = "failed"
     NO_POWER = "no power"  # a mistake would not show in this batch: to be made again
     UNDECIDED = "undecided"  # the step gives no answer that could be compared
+
+
+Mixes = tuple[Mix, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,6 @@ class Outcome:
         gradient: of the loss by the parameters of the last modules, as one vector.
         precision: the relative accuracy of the loss.
         random: the states of the random generators at the end.
-        state: the output of layer k that was mixed, if it was a tensor.
         used: whether the loss has used the labels in superposition.
     """
 
@@ -99,8 +103,8 @@ class Trials:
         self,
         site: Site | None = None,
         *,
-        states: Mix | None = None,
-        labels: Mix | None = None,
+        states: Mixes = (),
+        labels: Mixes = (),
         how: How = "labels",
         train: bool = True,
         also: Iterable[Any] = (),
@@ -112,7 +116,7 @@ class Trials:
 
         Args:
             site: where states are mixed; None leaves the batch as it is.
-            states: how they are mixed.
+            states: how they are mixed, for each group of samples; none leaves them as they are.
             labels: how the targets are.
             how: integer labels; see :meth:`Site.mixed`.
             train: in training mode, or in eval mode without autocast.
@@ -130,21 +134,18 @@ class Trials:
             if not train:
                 stack.enter_context(torch.autocast(self._device, enabled=False))
             if seed is not None:
-                torch.manual_seed(seed)
+                _seed_all(seed)
             plain_metrics(ghost, stack)
-            if site is not None and (states or labels):
-                if labels is not None and how == "superposed":
-                    superposition = Superposition(labels.lam).to(labels.partners.device)
+            if site is not None:
+                if labels and how == "superposed":
+                    superposition = Superposition(labels[0].lam).to(labels[0].partners.device)
                     superposition.reader = reader
                     stack.callback(superposition.close)
-                permuted = labels is not None and not train
-                groups = len(site.places.groups)
-                mixes = (states,) * groups if states else ()
-                batch = site.mixed(batch, mixes, (labels,) * groups if labels else (), how, superposition, permuted)
-                if also and labels is not None:
-                    batch = site.places.permuted(batch, also, labels.partners)
-                if states is not None:
-                    site.hook(ghost, mixes, stack, in_eval=not train)
+                batch = site.mixed(batch, states, labels, how, superposition, permuted=not train)
+                for key in also:
+                    batch = batches.replaced(batch, key, batches.get(batch, key)[labels[0].partners])
+                if states:
+                    site.hook(ghost, states, stack, in_eval=not train)
             hooks = self._criteria(ghost, stack) if superposition is not None else {}
             heads = _Heads(ghost, stack)
             if around is not None:
@@ -228,19 +229,19 @@ class _Comparison:
         return self.value[1] or self.gradient[1]
 
 
-def swap(trials: Trials, site: Site, mix: Mix, plain_run: Outcome, wrong: Outcome | None, train: bool) -> Finding:
+def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome | None, train: bool) -> Finding:
     """The swap oracle at one layer.
 
     Args:
         trials: the step.
         site: the layer.
-        mix: a permutation of the batch, with lam 0.
+        mixes: a permutation of each group of samples, with lam 0.
         plain_run: the step on the batch as it is.
         wrong: the step with the states permuted and the labels as they are; None makes it.
         train: whether the runs are in training mode (where the step cannot run in eval mode).
     """
-    wrong = wrong or trials.run(site, states=mix, train=train)
-    swapped = trials.run(site, states=mix, labels=mix, how="partners", train=train)
+    wrong = wrong or trials.run(site, states=mixes, train=train)
+    swapped = trials.run(site, states=mixes, labels=mixes, how="partners", train=train)
     if plain_run.loss is None or swapped.loss is None or wrong.loss is None:
         return Finding(Verdict.NO_POWER)
     if not bool(torch.isfinite(plain_run.loss)):
@@ -286,38 +287,69 @@ class Reads:
         return second if self.answer > 0 else first
 
 
-def pair(trials: Trials, site: Site, mix: Mix, superposed: bool = True) -> tuple[Finding, int]:
+class Answers:
+    """Answers Python code that reads values in superposition while a batch is trained on.
+
+    Args:
+        lenient: whether it is known that what is read has no effect on the loss.
+
+    Attributes:
+        asked: how often a value was read that depends on the labelling.
+    """
+
+    def __init__(self, lenient: bool) -> None:
+        self.lenient = lenient
+        self.asked = 0
+
+    def __call__(self, name: str, first: Any, second: Any, shown: Any) -> Any:
+        """What is read."""
+        self.asked += 1
+        if not self.lenient and isinstance(first, bool) and first != second:
+            raise SuperpositionError(
+                f"`{name}` of a value that depends on the labels is {first} for the dominant labels and {second} for "
+                "the others, so Python cannot go on with both."
+            )
+        return shown
+
+
+def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
     """The pair oracle at one layer.
 
+    Args:
+        trials: the step.
+        site: the layer.
+        mixes: a draw for each group of samples, with one lam.
+
     Returns:
-        The finding, and how many values were read on the host that depend on the labels without an effect on the loss.
+        The finding, and how many values that depend on the labels are read on the host, without an effect on the loss.
     """
-    labels, partners = (trials.run(site, states=mix, labels=mix, how=how) for how in ("labels", "partners"))  # type: ignore[arg-type]
+    labels = trials.run(site, states=mixes, labels=mixes, how="labels")
+    partners = trials.run(site, states=mixes, labels=mixes, how="partners")
     if labels.loss is None or partners.loss is None:
         return Finding(Verdict.NO_POWER), 0
-    if not (labels.gradient.shape == partners.gradient.shape):
-        return Finding(Verdict.FAILED, "the parameters that are used depend on the labels"), 0
-    lam = mix.lam.double().to(labels.loss.device)
-    precision = max(labels.precision, partners.precision)
+    if labels.gradient.shape != partners.gradient.shape:
+        return Finding(Verdict.FAILED, "which parameters are used depends on the labels"), 0
+    lam = mixes[0].lam.double().to(labels.loss.device)
     wanted = Outcome(
         lam * labels.loss + (1 - lam) * partners.loss,
         lam * labels.gradient + (1 - lam) * partners.gradient,
-        precision,
+        max(labels.precision, partners.precision),
         labels.random,
     )
-    reads = Reads()
     asked = 0
-    for answer in (0, 1, -1):  # the others only if something was read
+    for answer in (0, 1, -1):  # as it is; then as it might be in another batch
         reads = Reads(answer)
+        unfit = len(trials.unfit)
         try:
-            got = trials.run(site, states=mix, labels=mix, how="superposed", reader=reads)
-            if trials.unfit & trials.fired or (answer == 0 and trials.unfit):
-                got = trials.run(site, states=mix, labels=mix, how="superposed", reader=Reads(answer))
+            got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
+            if len(trials.unfit) > unfit:  # modules that are no criteria have been taken for some
+                reads = Reads(answer)
+                got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
         except Exception as error:  # whatever the user's code makes of tensors that it was not written for
             return Finding(Verdict.FAILED, _first_line(error)), asked
         finding = _compared(got, wanted, labels, partners)
         if answer and finding.verdict is Verdict.FAILED:
-            finding = Finding(Verdict.FAILED, "a value that depends on the labels is read by Python code and used")
+            return Finding(Verdict.FAILED, "Python code reads a value that depends on the labels, and uses it"), asked
         if finding.verdict is not Verdict.PASSED or not reads.asked:
             return finding, asked
         asked = max(asked, reads.asked)
@@ -325,25 +357,26 @@ def pair(trials: Trials, site: Site, mix: Mix, superposed: bool = True) -> tuple
 
 
 def _compared(got: Outcome, wanted: Outcome, labels: Outcome, partners: Outcome) -> Finding:
-    assert labels.loss is not None and partners.loss is not None  # noqa: PT018
-    if got.loss is None:
+    if got.loss is None or wanted.loss is None:
         return Finding(Verdict.FAILED, "the step skipped the mixed batch, and no other")
     comparisons = [_Comparison(got, wanted, wrong) for wrong in (labels, partners)]
     power = any(comparison.power for comparison in comparisons)
     if not all(comparison.agree for comparison in comparisons):
-        assert wanted.loss is not None
-        return Finding(
-            Verdict.FAILED,
-            f"the loss is {float(got.loss):.6g} where lam * L(y) + (1 - lam) * L(y[partners]) is "
-            f"{float(wanted.loss):.6g}"
-            if not all(comparison.value[0] for comparison in comparisons)
-            else "the gradient of the loss is not that of lam * L(y) + (1 - lam) * L(y[partners])",
-        )
+        if all(comparison.value[0] for comparison in comparisons):
+            return Finding(Verdict.FAILED, "the gradient of the loss is not lam * that of L(y) + (1 - lam) * ...")
+        formula = f"lam * L(y) + (1 - lam) * L(y[partners]) is {float(wanted.loss):.6g}"
+        return Finding(Verdict.FAILED, f"the loss is {float(got.loss):.6g} where {formula}")
     if not same_random_states(got.random, labels.random):
         return Finding(Verdict.FAILED, "random numbers are drawn where the labels go")
     if not power:
         return Finding(Verdict.NO_POWER, "" if got.used else "unused")
     return Finding(Verdict.PASSED)
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _first_line(error: Exception) -> str:

@@ -121,9 +121,7 @@ class Site:
                     values[key] = self._input(self.places.of(batch, key), key, inputs[number])
         return self.places.replace(batch, values)
 
-    def _label(
-        self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, classes: bool
-    ) -> Tensor:
+    def _label(self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, classes: bool) -> Tensor:
         dim = self.places.target_dim if target.ndim > self.places.target_dim else 0
         n = len(mix.partners)
         if target.ndim == 0 or target.shape[dim] != n:
@@ -133,8 +131,8 @@ class Site:
             )
         if target.dtype == torch.float16 or target.is_complex():
             raise TypeError(
-                f"A target of dtype {target.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft or "
-                "continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
+                f"A target of dtype {target.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft "
+                "or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
             )
         if target.is_floating_point() and not classes:
             return mix(target, dim)
@@ -276,9 +274,9 @@ class Step:
             return
         if self.site.layer != INPUT and hook is not None and not hook.calls:
             raise self.unmixed()
-        if superposition is not None and superposition.holds_labels and not superposition.used:
-            if not self.equal_labels:
-                raise self.unused_target(batch)
+        unused = superposition is not None and superposition.holds_labels and not superposition.used
+        if unused and not self.equal_labels:
+            raise self.unused_target(batch)
 
     def check_halves(self) -> None:
         """Before a backward pass or an optimizer step of the user's own: no mixed labels on states that are not mixed.

@@ -85,7 +85,10 @@ class Superposition:
     def superpose(self, labels: Tensor, partners: Tensor) -> MixedTarget | MixedValue:
         """Two labellings as one tensor, of the same dtype."""
         self.holds_labels = True
-        return _Superposed._of(*self.ordered(labels, partners), self, steady=True, averaged=False)
+        superposed: MixedTarget | MixedValue = _Superposed._of(
+            *self.ordered(labels, partners), self, steady=True, averaged=False
+        )
+        return superposed
 
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """The mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
@@ -174,7 +177,7 @@ class _Superposed(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if not hasattr(self, "_first"):
-            return super().__repr__(tensor_contents=tensor_contents)  # type: ignore[no-untyped-call,no-any-return]
+            return super().__repr__()  # type: ignore[no-untyped-call,no-any-return]
         return f"{type(self).__name__}(labels={self.labels!r}, partners={self.partners!r}, lam={self.lam!r})"
 
     def __iter__(self) -> Iterator[Any]:
@@ -325,9 +328,7 @@ def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return function(*args, **kwargs)
     if len(found) > 1:
         raise MixingError("Expected labels of one mix, got labels of several draws of lam in one call.")
-    first, second = (
-        function(*labelling(args, dominant), **labelling(kwargs, dominant)) for dominant in (True, False)
-    )
+    first, second = (function(*labelling(args, dominant), **labelling(kwargs, dominant)) for dominant in (True, False))
     note_use(found[0], (first, second))
     return plain(paired(first, second, found[0]))  # type: ignore[no-any-return]
 
