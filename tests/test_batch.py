@@ -82,6 +82,7 @@ def test_tensors():
     batch = {"a": [X, "text", 3], "b": Frozen(X, Y)}
     assert [t is X for t in tensors(batch)] == [True, True, False]
     assert list(without((X, Y), [1])) == [X]
+    assert list(without(((X, Y), X), [1, "0.1"])) == [X]  # an autoencoder's
 
 
 def test_describe_nested():
@@ -113,6 +114,7 @@ class Slots:
 class Output(ModelOutput):
     x: torch.Tensor = None
     y: torch.Tensor = None
+    hidden_states: tuple = None
 
 
 def hetero():
