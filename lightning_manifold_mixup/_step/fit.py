@@ -31,7 +31,7 @@ from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
 from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
-from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers, observe
+from lightning_manifold_mixup.layers import INPUT, LayerReport, Observation, named_layers, observe
 from lightning_manifold_mixup.mixing import Mix
 
 # Operations of the loss that tell whether it is built as before, from the loss backwards.
@@ -150,6 +150,10 @@ class Fit:
         for hook in (*self._hooks.values(), *self._target_hooks):
             hook.disarm()
 
+    def leave(self) -> None:
+        """Gives ``training_step`` back until the next batch is armed."""
+        self._stand_in.leave()
+
     def close(self) -> None:
         """Takes everything back."""
         self.disarm()
@@ -222,43 +226,38 @@ class Fit:
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
         draws, permutations = (
-            tuple(Mix(torch.tensor(lam), torch.from_numpy(_cycle(n, generator))).to(device) for n in sizes)
+            tuple(
+                Mix(torch.tensor(lam, dtype=torch.float32), torch.from_numpy(_cycle(n, generator))).to(device)
+                for n in sizes
+            )
             for lam in (0.4, 0.0)
         )
         trials = Trials(self.module, call, criterion_candidates(self.module))
         sites = [self._site(layer, places) for layer in layers]
         self.proof.check(trials, sites, permutations, draws, self._mixed)
         self.plan.passes = self.proof.passes
-        self._hook_criteria(sorted(trials.fired))
+        if trials.superposed:
+            self._hook_criteria(sorted(trials.fired))
 
     def _settle(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:
         """Observes the step on a ghost: S is chosen, or checked. Returns its output if it had to run for real."""
         step = self.step
         assert step is not None
-        places, real = step.site.places, None
-        targets = [t for value in places.targets_of(call.batch) for t in batches.tensors(value)]
-        n = sum(places.samples(call.batch, group) for group in range(len(places.groups)))
-        inputs = list(batches.without(call.batch, list(places.targets)))
-        with ExitStack() as stack:
-            try:
-                root = ghost_of(self.module)
-                stack.enter_context(isolated(self.module))
-                run = root.training_step
-                if not self.module.automatic_optimization:
-                    stack.enter_context(Backwards())
-            except NoGhostError as error:
-                root, run = self.module, training_step
-                rank_zero_info(
-                    f"Manifold Mixup, self-check: {error}, so the checks on a copy are left out, and this first batch "
-                    "is observed without being mixed."
-                )
-                self.proof.enabled = False
-            seen = stack.enter_context(
-                observe(root, inputs=inputs, targets=targets, batch_size=n, batch_dim=self.options.batch_dim)
+        places = step.site.places
+        for layer in self.plan.layers or [step.site.layer]:  # what cannot be mixed is said before anything runs
+            self._site(layer, places).mixed(call.batch, step.mixes, step.mixes, "partners")
+        try:
+            seen, output = self._observed(call)
+        except NoGhostError as error:
+            rank_zero_info(
+                f"Manifold Mixup, self-check: {error}, so the checks on a copy are left out, and this first batch is "
+                "observed without being mixed."
             )
-            output = run(*call.args, **call.kwargs)
-            if root is self.module:
-                real = (output,)
+            self.proof.enabled = False
+            seen, output = self._observed(call, training_step)
+            real = (output,)
+        else:
+            real = None
         if output is None and self.module.automatic_optimization:  # the user skips this batch
             return real or ((training_step(*call.args, **call.kwargs),) if self.call_settles else None)
         report = seen.report()
@@ -267,6 +266,30 @@ class Fit:
         self._settled = _Settled()
         self._settle_layers(report)
         return real
+
+    def _observed(self, call: Call, training_step: Callable[..., Any] | None = None) -> tuple[Observation, Any]:
+        """Watches the step on plain labels, on a ghost unless the step itself is given."""
+        step = self.step
+        assert step is not None
+        places, batch = step.site.places, call.batch
+        with ExitStack() as stack:
+            root: Any = self.module
+            if training_step is None:
+                root = ghost_of(self.module)
+                stack.enter_context(isolated(self.module))
+                training_step = root.training_step
+                if not self.module.automatic_optimization:
+                    stack.enter_context(Backwards())
+            seen = stack.enter_context(
+                observe(
+                    root,
+                    inputs=list(batches.without(batch, list(places.targets))),
+                    targets=[t for value in places.targets_of(batch) for t in batches.tensors(value)],
+                    batch_size=sum(places.samples(batch, group) for group in range(len(places.groups))),
+                    batch_dim=self.options.batch_dim,
+                )
+            )
+            return seen, training_step(*call.args, **call.kwargs)
 
     def _settle_layers(self, report: LayerReport) -> None:
         plan = self.plan
@@ -386,6 +409,7 @@ class _Signature:
     def __init__(self, function: Callable[..., Any]) -> None:
         unbound = getattr(inspect.unwrap(function), "__func__", inspect.unwrap(function))
         self.__signature__ = inspect.signature(unbound)
+        self.__code__ = getattr(unbound, "__code__", None)  # by which Lightning tells what is overridden
 
     def __call__(self) -> None:
         """Never called: :mod:`inspect` asks for a callable."""
