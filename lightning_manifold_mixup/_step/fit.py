@@ -225,11 +225,9 @@ class Fit:
             return
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
+        partners = [torch.from_numpy(_cycle(n, generator)) for n in sizes]
         draws, permutations = (
-            tuple(
-                Mix(torch.tensor(lam, dtype=torch.float32), torch.from_numpy(_cycle(n, generator))).to(device)
-                for n in sizes
-            )
+            tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
         )
         trials = Trials(self.module, call, criterion_candidates(self.module))
@@ -244,6 +242,7 @@ class Fit:
         step = self.step
         assert step is not None
         places = step.site.places
+        real: tuple[Any] | None = None
         for layer in self.plan.layers or [step.site.layer]:  # what cannot be mixed is said before anything runs
             self._site(layer, places).mixed(call.batch, step.mixes, step.mixes, "partners")
         try:
@@ -256,8 +255,6 @@ class Fit:
             self.proof.enabled = False
             seen, output = self._observed(call, training_step)
             real = (output,)
-        else:
-            real = None
         if output is None and self.module.automatic_optimization:  # the user skips this batch
             return real or ((training_step(*call.args, **call.kwargs),) if self.call_settles else None)
         report = seen.report()

@@ -72,7 +72,7 @@ def ghost_of(module: nn.Module) -> Any:
             vars(ghost)[name.removeprefix("original_")] = original
     for part in ghost.modules():
         if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
-            part._trainer = memo.get(id(trainer))  # which a copy of a LightningModule does without
+            vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without
             _disarm(part)
     return ghost
 
