@@ -303,13 +303,3 @@ def _type(part: str) -> Any:
 def _slots(cls: type) -> Iterator[str]:
     names = vars(cls).get("__slots__", ())
     return (name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__"))
-
-
-def find(batch: Any, role: str, key: Key | None) -> Key:
-    """Return the key of the input or the target; `Keys.locate` finds both at once."""
-    from lightning_manifold_mixup._step.finding import find_input, find_target  # it imports this file
-
-    if key is not None:
-        get(batch, key, role)
-        return key
-    return find_input(batch) if role == "input" else find_target(batch)

@@ -200,7 +200,7 @@ def eligible_layers(
         '4' gives the final output: no weights follow it. Valid before it: '3'.
     """
     with _copied(model) as copied, torch.enable_grad():
-        if type(model).forward.__qualname__ == "LightningModule.forward":  # of either package that Lightning comes in
+        if not has_forward(model):
             return _of_training_step(copied, inputs[0], batch_size, batch_dim)
         if batch_size is None and len(inputs) == 1:
             batch_size = getattr(inputs[0], "num_graphs", None)  # of torch_geometric, whose rows are nodes
@@ -210,6 +210,11 @@ def eligible_layers(
         with observe(copied, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
             outputs = copied(*inputs, **kwargs)
         return seen.report(outputs)
+
+
+def has_forward(model: nn.Module) -> bool:
+    """Whether a module has a forward pass of its own; a LightningModule may do without."""
+    return type(model).forward.__qualname__ != "LightningModule.forward"  # in either package that Lightning comes in
 
 
 def _of_training_step(model: Any, batch: Any, batch_size: int | None, batch_dim: int | None) -> LayerReport:
