@@ -420,19 +420,20 @@ class TestUnmixed:
         hook = MixingHook()
         net[0].register_forward_hook(hook)
         compiled = torch.compile(net, backend=graphs, fullgraph=True)
-        hook.mix = MIX
-        hook.settle([0])
+        hook.arm((MIX,))
+        hook.dims = [0]
         for _ in range(3):
             torch.testing.assert_close(compiled(x), formula(F.linear(x, *net[0].parameters())).tanh())
             with unmixed():
                 torch.testing.assert_close(compiled(x), F.linear(x, *net[0].parameters()).tanh())
+            hook.arm((MIX,))
         assert graphs.frame_count == 2
 
     def test_opened_within_a_compiled_function(self):
         net, x = nn.Linear(5, 5), torch.randn(4, 5)
         hook = MixingHook()
         net.register_forward_hook(hook)
-        hook.mix = MIX
+        hook.arm((MIX,))
 
         def step(x):
             with unmixed():
