@@ -14,8 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from lightning_manifold_mixup import Mix, MixedTarget, MixingError, draw_mix, mixing
+from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.switches import is_unmixed, mixing_is_open
-from lightning_manifold_mixup.mixing import Draw, MixingHook, unmixed
+from lightning_manifold_mixup.mixing import Draw, unmixed
 from tests.helpers import ConvNet, images
 
 MIX = Mix(torch.tensor(0.3), torch.tensor([2, 0, 3, 1]))
@@ -417,12 +418,11 @@ class TestUnmixed:
     def test_compiled(self):
         """One graph with the mix and one without, however often the two change."""
         net, x, graphs = nn.Sequential(nn.Linear(5, 5), nn.Tanh()), torch.randn(4, 5), CompileCounter()
-        hook = MixingHook()
+        hook = MixingHook(dims=[0])
         net[0].register_forward_hook(hook)
         compiled = torch.compile(net, backend=graphs, fullgraph=True)
-        hook.mix = MIX
-        hook.settle([0])
         for _ in range(3):
+            hook.arm((MIX,))
             torch.testing.assert_close(compiled(x), formula(F.linear(x, *net[0].parameters())).tanh())
             with unmixed():
                 torch.testing.assert_close(compiled(x), F.linear(x, *net[0].parameters()).tanh())
@@ -432,7 +432,7 @@ class TestUnmixed:
         net, x = nn.Linear(5, 5), torch.randn(4, 5)
         hook = MixingHook()
         net.register_forward_hook(hook)
-        hook.mix = MIX
+        hook.arm((MIX,))
 
         def step(x):
             with unmixed():
