@@ -26,6 +26,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.dims import sample_dim
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import interpolate_with_gradient
 from lightning_manifold_mixup._step.switches import mixing_opened
@@ -201,13 +202,13 @@ class Draw:
 
 
 def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
-    """The dimensions of the floating point tensors in ``h`` that count its n samples.
+    """The dimensions of the floating point tensors in ``h`` that count its n samples (``_step/dims.py`` has the rule).
 
     Args:
         h: a hidden state; see :meth:`Mix.__call__`.
         n: number of samples.
-        batch_dim: None takes dimension 0, or dimension 1 where dimension 0 has another size (sequences of time-major
-            networks, the states of an LSTM).
+        batch_dim: None takes dimension 0, or dimension 1 of a tensor with three dimensions or more where dimension 0
+            has another size (sequences of time-major networks, the states of an LSTM).
 
     Raises:
         MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in
@@ -222,13 +223,11 @@ def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
     def find(tensor: Tensor) -> None:
         if not _is_state(tensor):
             return
-        candidates = (0, 1) if batch_dim is None else (batch_dim,)
-        found = [dim for dim in candidates if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == n]
-        views = batch_dim is None and n > 1 and tensor.shape[0] != n and tensor.shape[0] % n == 0
-        if not found or views:
+        dim = sample_dim(tensor.shape, n, batch_dim)
+        if dim is None:
             where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
             raise MixingError(_wrong_shape(tensor, n, where))
-        dims.append(found[0])
+        dims.append(dim)
 
     apply_to_collection(h, Tensor, find)
     if not dims:
