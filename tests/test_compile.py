@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix, MixingError
+from lightning_manifold_mixup._step.compiled import limit_of_graphs
 from lightning_manifold_mixup._step.targets import plain
 from tests.helpers import CLASSES, LAYERS, Classifier, Validated, assert_untouched, loader, trainer
 
@@ -103,11 +104,11 @@ def test_more_layers_than_the_limit_of_recompilation():
     module, reference = Classifier(Deep()), Classifier(Deep())
     reference.load_state_dict(module.state_dict())
     layers = [f"model.{i}" for i in range(1, 12)]
-    assert len(layers) > torch._dynamo.config.recompile_limit
-    limit = torch._dynamo.config.recompile_limit
+    limit = getattr(torch._dynamo.config, limit_of_graphs())
+    assert len(layers) > limit
     module.model = torch.compile(module.model, backend="eager", fullgraph=True)
     assert fit(module, layers=layers, epochs=8) == fit(reference, layers=layers, epochs=8)
-    assert torch._dynamo.config.recompile_limit == limit
+    assert getattr(torch._dynamo.config, limit_of_graphs()) == limit
 
 
 def test_network_that_was_compiled_and_run_before_the_fit():

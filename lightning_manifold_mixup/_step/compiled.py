@@ -34,6 +34,14 @@ def fresh_graphs(layers: int) -> Iterator[None]:
     import torch._dynamo
 
     torch._dynamo.reset()
-    limit = max(torch._dynamo.config.recompile_limit, 2 * layers + 2)
-    with torch._dynamo.config.patch(recompile_limit=limit):
+    name = limit_of_graphs()
+    limit = max(getattr(torch._dynamo.config, name), 2 * layers + 2)
+    with torch._dynamo.config.patch({name: limit}):
         yield
+
+
+def limit_of_graphs() -> str:
+    """The option of ``torch._dynamo.config`` that limits how often a function is compiled: its name changed in 2.7."""
+    import torch._dynamo
+
+    return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
