@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, hand_plain_labels, metrics_of
+from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.leaks import Leaks
 from lightning_manifold_mixup._step.randomness import generator, global_seed
 from lightning_manifold_mixup._step.step import Keys, MixedStep, sample_of
@@ -56,7 +57,7 @@ class AlphaSchedule:
         return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
 
 
-class ManifoldMixupCallback(pl.Callback):
+class ManifoldMixupCallback(Callback):
     """Trains any LightningModule with Manifold Mixup (Verma et al., ICML 2019, section 2).
 
     For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a permutation of the batch; the
