@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -41,7 +42,14 @@ def fresh_graphs(layers: int) -> Iterator[None]:
 
 
 def limit_of_graphs() -> str:
-    """The option of ``torch._dynamo.config`` that limits how often a function is compiled: its name changed in 2.7."""
+    """The option of ``torch._dynamo.config`` that limits how often a function is compiled: torch 2.6 had another name."""
     import torch._dynamo
 
     return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """What torch.compile has wrapped runs uncompiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
