@@ -42,7 +42,7 @@ def fresh_graphs(layers: int) -> Iterator[None]:
 
 
 def limit_of_graphs() -> str:
-    """The option of ``torch._dynamo.config`` that limits how often a function is compiled: torch 2.6 had another name."""
+    """The option of ``torch._dynamo.config`` that limits how often a function is compiled (renamed after 2.6)."""
     import torch._dynamo
 
     return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

@@ -1,8 +1,8 @@
 """One callback for both names of Lightning, `lightning.pytorch` and `pytorch_lightning`.
 
 These are two packages with the same code, and no class of one is a class of the other. A Trainer of either runs any
-object that has the hooks of a callback, with one exception: `pytorch_lightning` before 2.6 refuses an object that is not
-its own `Callback` with "Expected a parent".
+object that has the hooks of a callback, with one exception: `pytorch_lightning` before 2.6 refuses whatever is not its
+own `Callback`, with "Expected a parent".
 """
 
 from __future__ import annotations

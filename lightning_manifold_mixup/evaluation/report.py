@@ -241,9 +241,10 @@ class EvaluationCallback(Callback, ABC):
             if trainer.state.fn != TrainerFn.FITTING:
                 print_table(rows, name.replace("_", " "))
             for logger in trainer.loggers:
-                experiment = getattr(logger, "experiment", None)
-                if hasattr(experiment, "add_figure"):  # TensorBoard's, under either name of Lightning
-                    experiment.add_figure(name, figure, trainer.global_step)
+                # TensorBoard's logger has it, under either name of Lightning
+                add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+                if add_figure is not None:
+                    add_figure(name, figure, trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
