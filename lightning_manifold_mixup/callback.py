@@ -257,6 +257,11 @@ class ManifoldMixupCallback(Callback):
         self._fit = Fit(trainer, pl_module, options, self._plan)
 
     @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fit is not None:
+            self._fit.leave()
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
 

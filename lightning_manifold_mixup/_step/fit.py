@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,24 +12,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
-from lightning_manifold_mixup._step.ghost import (
-    Backwards,
-    NoGhostError,
-    ghost_of,
-    isolated,
-    random_states,
-    set_random_states,
-)
+from lightning_manifold_mixup._step.first_batch import watch
+from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
+from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
 from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
-from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers, observe
+from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers
 from lightning_manifold_mixup.mixing import Mix
 
 # Operations of the loss that tell whether it is built as before, from the loss backwards.
@@ -150,6 +142,10 @@ class Fit:
         for hook in (*self._hooks.values(), *self._target_hooks):
             hook.disarm()
 
+    def leave(self) -> None:
+        """Gives ``training_step`` back until the next batch is armed."""
+        self._stand_in.leave()
+
     def close(self) -> None:
         """Takes everything back."""
         self.disarm()
@@ -221,51 +217,42 @@ class Fit:
             return
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
+        partners = [torch.from_numpy(_cycle(n, generator)) for n in sizes]
         draws, permutations = (
-            tuple(Mix(torch.tensor(lam), torch.from_numpy(_cycle(n, generator))).to(device) for n in sizes)
+            tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
         )
         trials = Trials(self.module, call, criterion_candidates(self.module))
         sites = [self._site(layer, places) for layer in layers]
         self.proof.check(trials, sites, permutations, draws, self._mixed)
         self.plan.passes = self.proof.passes
-        self._hook_criteria(sorted(trials.fired))
+        if trials.superposed:
+            self._hook_criteria(sorted(trials.fired))
 
     def _settle(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:
         """Observes the step on a ghost: S is chosen, or checked. Returns its output if it had to run for real."""
         step = self.step
         assert step is not None
-        places, real = step.site.places, None
-        targets = [t for value in places.targets_of(call.batch) for t in batches.tensors(value)]
-        n = sum(places.samples(call.batch, group) for group in range(len(places.groups)))
-        inputs = list(batches.without(call.batch, list(places.targets)))
-        with ExitStack() as stack:
-            try:
-                root = ghost_of(self.module)
-                stack.enter_context(isolated(self.module))
-                run = root.training_step
-                if not self.module.automatic_optimization:
-                    stack.enter_context(Backwards())
-            except NoGhostError as error:
-                root, run = self.module, training_step
-                rank_zero_info(
-                    f"Manifold Mixup, self-check: {error}, so the checks on a copy are left out, and this first batch "
-                    "is observed without being mixed."
-                )
-                self.proof.enabled = False
-            seen = stack.enter_context(
-                observe(root, inputs=inputs, targets=targets, batch_size=n, batch_dim=self.options.batch_dim)
+        places = step.site.places
+        real: tuple[Any] | None = None
+        for layer in self.plan.layers or [step.site.layer]:  # what cannot be mixed is said before anything runs
+            self._site(layer, places).mixed(call.batch, step.mixes, step.mixes, "partners")
+        try:
+            seen = watch(self.module, call, step.site, step.mixes)
+        except NoGhostError as error:
+            rank_zero_info(
+                f"Manifold Mixup, self-check: {error}, so the checks on a copy are left out, and this first batch is "
+                "observed without being mixed."
             )
-            output = run(*call.args, **call.kwargs)
-            if root is self.module:
-                real = (output,)
-        if output is None and self.module.automatic_optimization:  # the user skips this batch
+            self.proof.enabled = False
+            seen = watch(self.module, call, step.site, step.mixes, training_step)
+            real = (seen.output,)
+        if seen.report is None:  # the user skips this batch
             return real or ((training_step(*call.args, **call.kwargs),) if self.call_settles else None)
-        report = seen.report()
-        if not report.sinks_found:
-            report = seen.report(outputs=output)  # a criterion took the labels where no tensor shows it
-        self._settled = _Settled()
-        self._settle_layers(report)
+        for key, line in seen.classes.items():
+            rank_zero_info(f"Manifold Mixup: the float target at {key!r} is treated as classes ({line}).")
+        self._settled = _Settled(classes=frozenset(seen.classes))
+        self._settle_layers(seen.report)
         return real
 
     def _settle_layers(self, report: LayerReport) -> None:
@@ -326,66 +313,3 @@ def _announce_default(layers: Sequence[str]) -> None:
         raise MisconfigurationException(f"layers='auto' found no place where the whole state can be mixed; {why}.")
     if list(layers) == [INPUT]:
         rank_zero_warn(f"layers='auto' found no eligible layer but the input, so this is input mixup; {why}.")
-
-
-class StandIn:
-    """What stands in the place of ``training_step`` during a fit; for a batch that is not armed, the step itself."""
-
-    def __init__(self, fit: Fit) -> None:
-        self._fit = fit
-        own = vars(fit.module)
-        self._own: Any = own.get("training_step")  # Lightning puts a compiled step there
-        self._original = self._inner = fit.module.training_step
-        self._running = False
-        # Lightning reads the signature at each step; this spares it from doing so by `inspect`.
-        self.__wrapped__ = _Signature(self._original)
-        own["training_step"] = self
-
-    def enter(self) -> None:
-        """Takes the place again if somebody else has put another step there since."""
-        current = vars(self._fit.module).get("training_step")
-        if current is not self:
-            self._inner = self._fit.module.training_step
-            vars(self._fit.module)["training_step"] = self
-
-    def leave(self) -> None:
-        """Gives the place back."""
-        own = vars(self._fit.module)
-        if own.get("training_step") is self:
-            if self._own is None:
-                del own["training_step"]
-            else:
-                own["training_step"] = self._own
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._running:  # somebody's wrapper around this one, or a step that calls itself: mixed already
-            return self._original(*args, **kwargs)
-        if self._fit.step is None:
-            return self._guarded(self._inner, *args, **kwargs)
-        return self._guarded(self._fit.run, self._inner, args, kwargs)
-
-    def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._running = True
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._running = False
-
-    # A copy of the module gets its own training step back, uncompiled and not mixed.
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        context = getattr(self._fit.module, "_compiler_ctx", None) or {}
-        return copy.deepcopy(context.get("original_training_step", self._original), memo)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._fit.module, "training_step")
-
-
-class _Signature:
-    """Has the signature of a training step, found once."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        unbound = getattr(inspect.unwrap(function), "__func__", inspect.unwrap(function))
-        self.__signature__ = inspect.signature(unbound)
-
-    def __call__(self) -> None:
-        """Never called: :mod:`inspect` asks for a callable."""

@@ -53,13 +53,13 @@ def ghost_of(module: nn.Module) -> Any:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     trainer = getattr(module, "_trainer", None)
     if trainer is not None:
+        memo[id(trainer)] = _trainer_of_ghosts(trainer)
         for shared in (getattr(trainer, "datamodule", None), trainer.strategy, *trainer.callbacks):
             memo[id(shared)] = shared
         for logger in trainer.loggers:
             memo[id(logger)] = DummyLogger()
         for optimizer in trainer.optimizers:
             memo[id(optimizer)] = _Disarmed(optimizer)
-        memo[id(trainer)] = _trainer_of_ghosts(trainer)
     if context := getattr(module, "_compiler_ctx", None):
         memo[id(context["dynamo_ctx"])] = context["dynamo_ctx"]
     try:
@@ -72,6 +72,7 @@ def ghost_of(module: nn.Module) -> Any:
             vars(ghost)[name.removeprefix("original_")] = original
     for part in ghost.modules():
         if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
+            vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without
             _disarm(part)
     return ghost
 

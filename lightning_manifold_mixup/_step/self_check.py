@@ -91,6 +91,7 @@ class Trials:
         criteria: names of the criterion modules.
         unfit: names among them that turned out to be none.
         fired: names among them that were handed labels in superposition.
+        superposed: whether any run had labels in superposition.
     """
 
     module: Any
@@ -98,6 +99,7 @@ class Trials:
     criteria: list[str]
     unfit: set[str] = field(default_factory=set)
     fired: set[str] = field(default_factory=set)
+    superposed: bool = False
 
     def run(
         self,
@@ -156,6 +158,7 @@ class Trials:
             losses = [loss_of(output)] if backwards is None else [plain(loss) for loss in backwards.losses]
             used = superposition is None or superposition.used or not superposition.holds_labels
             outcome = heads.outcome([plain(loss) for loss in losses if loss is not None], states_after, used)
+        self.superposed |= superposition is not None and superposition.holds_labels
         self.unfit |= {name for name, hook in hooks.items() if hook.unfit}
         self.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
         return outcome

@@ -9,36 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-class _Switch:
-    """Open while at least one context is. Asked for a bool, since torch.compile makes a graph for each number."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.is_open = False
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        self._change(1)
-        try:
-            yield
-        finally:
-            self._change(-1)
-
-    def _change(self, by: int) -> None:
-        self.depth += by
-        self.is_open = self.depth > 0
-
-
-_mixing = _Switch()
-_unmixed = _Switch()
+_mixing = 0
+_unmixed = 0
 
 
 @contextmanager
 def mixing_opened() -> Iterator[None]:
     """What ``with mixing(...)`` opens for :func:`mixing_is_open`."""
-    with _mixing.open():
+    global _mixing
+    _mixing += 1
+    try:
         yield
+    finally:
+        _mixing -= 1
 
 
 def mixing_is_open() -> bool:
@@ -48,7 +31,7 @@ def mixing_is_open() -> bool:
         >>> mixing_is_open()
         False
     """
-    return _mixing.is_open
+    return _mixing > 0
 
 
 @contextmanager
@@ -70,8 +53,12 @@ def unmixed() -> Iterator[None]:
         >>> mixed.tolist(), clean.tolist()
         ([[1.0], [3.0]], [[0.0], [4.0]])
     """
-    with _unmixed.open():
+    global _unmixed
+    _unmixed += 1
+    try:
         yield
+    finally:
+        _unmixed -= 1
 
 
 def is_unmixed() -> bool:
@@ -82,4 +69,4 @@ def is_unmixed() -> bool:
         ...     is_unmixed()
         True
     """
-    return _unmixed.is_open
+    return _unmixed > 0
