@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.keys import Keys
+from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup.evaluation.extras import require
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-class EvaluationCallback(L.Callback, ABC):
+class EvaluationCallback(Callback, ABC):
     """What evaluations on the batches of `trainer.validate` and `trainer.test` have in common.
 
     A subclass says what it measures on a batch (`update`), what it got (`compute`), and how that looks (`plot`). For
@@ -249,8 +249,10 @@ class EvaluationCallback(L.Callback, ABC):
             if trainer.state.fn != TrainerFn.FITTING:
                 print_table(rows, name.replace("_", " "))
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure(name, figure, trainer.global_step)
+                # TensorBoard's logger has it, under either name of Lightning
+                add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+                if add_figure is not None:
+                    add_figure(name, figure, trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
