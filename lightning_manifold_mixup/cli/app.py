@@ -26,8 +26,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup._step.targets import MixingError
-from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.paper import recipes
 
 for _module in ("jsonargparse", "rich"):  # before Lightning says so in its own words

@@ -30,10 +30,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.cli.app import PROGRAM, ManifoldMixupCLI, UsageError, class_of, console
 from lightning_manifold_mixup.evaluation import write_report
-from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.paper import recipes
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.cli.app import PROGRAM, console
-from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.paper import recipes
 
 PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, float]]] = {

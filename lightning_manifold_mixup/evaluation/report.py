@@ -23,7 +23,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.evaluation.report import Row
 from lightning_manifold_mixup.paper.figures.training import (
     TITLES,

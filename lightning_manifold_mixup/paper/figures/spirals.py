@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.evaluation.report import Row
 from lightning_manifold_mixup.paper.data import SpiralsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.evaluation import ClassSpectrum, hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
 from lightning_manifold_mixup.evaluation.report import Row
 from lightning_manifold_mixup.module import ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
