@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.evaluation.report import print_table, write_report
+from lightning_manifold_mixup.evaluation import print_table, write_report
 
 FIGURES = {
     "spirals": "Figure 1: decision boundary, hidden states and singular values of seven ways to train",

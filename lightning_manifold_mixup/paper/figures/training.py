@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.evaluation import ClassSpectrum, hidden_states
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row, mean_and_std, plus_minus
 from lightning_manifold_mixup.module import ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset, collate
@@ -35,12 +35,12 @@ __all__ = [
     "Method",
     "Problem",
     "Report",
+    "cell",
     "digits",
     "evaluate",
     "layers_after",
-    "mean_and_std",
+    "means_and_stds",
     "plot_grid",
-    "plus_minus",
     "probabilities_on_grid",
     "spectra",
     "square_around",
@@ -302,27 +302,24 @@ def plot_grid(ax: Axes, values: Tensor, centre: Tensor, radius: float, **options
     return image
 
 
-def mean_and_std(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Mean of each number over seeds, and after it the standard deviation (n - 1; None for a single seed).
+def means_and_stds(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Average the numbers of several seeds; `NAME_std` is the standard deviation of `NAME`.
 
     Example:
-        >>> mean_and_std([{"nll": 1.0}, {"nll": 3.0}])
+        >>> means_and_stds([{"nll": 1.0}, {"nll": 3.0}])
         {'nll': 2.0, 'nll_std': 1.4142135623730951}
     """
     summary: dict[str, float | None] = {}
     for name in results[0]:
-        values = torch.tensor([result[name] for result in results], dtype=torch.float64)
-        summary[name] = values.mean().item()
-        summary[f"{name}_std"] = values.std().item() if len(values) > 1 else None
+        summary[name], summary[f"{name}_std"] = mean_and_std([result[name] for result in results])
     return summary
 
 
-def plus_minus(row: Mapping[str, Any], name: str, decimals: int) -> str:
-    """A mean and its standard deviation as text, the latter left out where there is none.
+def cell(row: Mapping[str, Any], name: str, decimals: int) -> str:
+    """The mean and standard deviation of one number, for the terminal.
 
     Example:
-        >>> plus_minus({"nll": 0.5, "nll_std": 0.25}, "nll", 2), plus_minus({"nll": 0.5, "nll_std": None}, "nll", 1)
-        ('0.50 ± 0.25', '0.5')
+        >>> cell({"nll": 0.5, "nll_std": 0.25}, "nll", 2)
+        '0.50 ± 0.25'
     """
-    spread = row[f"{name}_std"]
-    return f"{row[name]:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")
+    return plus_minus(row[name], row[f"{name}_std"], decimals)
