@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
-from lightning_manifold_mixup.cli.app import ManifoldMixupCLI
+from lightning_manifold_mixup.cli.training import ManifoldMixupCLI
 from lightning_manifold_mixup.layers import eligible_layers
 from lightning_manifold_mixup.paper.models import (
     MLP,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from lightning_manifold_mixup.module import ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset, collate
 from lightning_manifold_mixup.paper.models import BottleneckMLP
+from lightning_manifold_mixup.paper.quiet import IN_MEMORY, quiet_lightning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,7 +146,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
         >>> network(x).shape
         torch.Size([1000, 10])
     """
-    with torch.random.fork_rng(devices=[]), _one_thread(), _quiet():
+    with torch.random.fork_rng(devices=[]), _one_thread(), quiet_lightning(logging.ERROR, *IN_MEMORY):
         torch.manual_seed(seed)
         network = BottleneckMLP(**problem.network, **method.network)
         optimizer = partial(torch.optim.Adam, lr=problem.learning_rate, weight_decay=method.weight_decay)
@@ -187,23 +187,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says about a loader in memory and about the machine, dozens of times over."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message="The number of training batches")
-            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @torch.no_grad()
