@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -19,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup.cli.request import asked_for, class_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, UsageError
-from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.cli.training import Parser, Prepared
 from lightning_manifold_mixup.evaluation import console
 from lightning_manifold_mixup.layers import LayerReport, eligible_layers
 from lightning_manifold_mixup.paper.quiet import quiet_lightning
@@ -91,7 +90,7 @@ def _from_recipe(args: list[str], shape: tuple[int, ...] | None) -> tuple[nn.Mod
 
 def _bare(args: list[str]) -> nn.Module:
     """Make any network, from the options `--model.class_path` (of a class or function) and `--model.init_args`."""
-    parser = ArgumentParser(prog=f"{PROGRAM} layers")
+    parser = Parser(prog=f"{PROGRAM} layers")
     parser.add_argument("--model", type=nn.Module, required=True)
     # Without defaults, because jsonargparse finds some that functions with keyword arguments (swin_t) do not accept.
     config = parser.parse_args(args, defaults=False)
