@@ -242,7 +242,6 @@ class TestMLP:
         assert model.bottleneck(torch.randn(6, 16)).shape == (6, 12)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls functions that jsonargparse deprecates
 @pytest.mark.parametrize(
     ("network", "layers"),
     [

@@ -4,15 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_helpers import (
-    CLASSES,
-    LIGHTNING_WARNINGS,
-    Classifier,
-    loader,
-    normalise,
-    pixels_and_target,
-    trainer,
-)
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_manifold_mixup.evaluation import (
@@ -22,8 +13,14 @@ from lightning_manifold_mixup.evaluation import (
     interpolate,
     noise_like,
 )
-
-pytestmark = LIGHTNING_WARNINGS
+from tests.evaluation.classifier import (
+    CLASSES,
+    Classifier,
+    loader,
+    normalise,
+    pixels_and_target,
+    trainer,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,6 @@ from lightning.pytorch import Callback
 from lightning_manifold_mixup.cli import compare, main, runs
 from lightning_manifold_mixup.cli.training import Prepared
 
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 TINY = [
     "--trainer.max_epochs=1",
     "--model.init_args.model.init_args.initial_channels=2",
