@@ -3,8 +3,14 @@ import dataclasses
 
 import pytest
 import torch
+from monai.data import MetaTensor
+from omegaconf import OmegaConf
+from transformers import BatchEncoding
+from transformers.utils import ModelOutput
 
-from lightning_manifold_mixup._step.batch import describe, find, get, replaced, tensors, without
+from lightning_manifold_mixup import draw_mix
+from lightning_manifold_mixup._step.batch import describe, find, get, leaves, replaced, structure, tensors, without
+from tests.graphs import Batch, Data, HeteroData, TensorDict, tensorclass
 
 Named = collections.namedtuple("Named", "a b")
 X, Y = torch.zeros(2, 3), torch.zeros(2).long()
@@ -87,3 +93,77 @@ def test_describe_nested():
         "      'id': int",
         "    1: NoneType",
     ]
+
+
+@tensorclass
+class Sample:
+    x: torch.Tensor
+    y: torch.Tensor
+    name: str
+
+
+class Slots:
+    __slots__ = ("x", "y")
+
+    def __init__(self):
+        self.x, self.y = X, Y
+
+
+@dataclasses.dataclass
+class Output(ModelOutput):
+    x: torch.Tensor = None
+    y: torch.Tensor = None
+
+
+def hetero():
+    data = HeteroData()
+    data["paper"].x, data["paper"].y = X, Y
+    data["paper", "cites", "paper"].edge_index = torch.zeros(2, 3).long()
+    return data
+
+
+def graph():
+    return Data(x=X, edge_index=torch.zeros(2, 3).long(), y=torch.tensor([1]))
+
+
+OTHERS = {
+    "graphs": (Batch.from_data_list([graph(), graph()]), "y"),
+    "graph": (Data(x=X, y=Y), "y"),
+    "heterogeneous graph": (hetero(), "paper.y"),
+    "heterogeneous graphs": (Batch.from_data_list([hetero(), hetero()]), "paper.y"),
+    "TensorDict": (TensorDict({"x": X, "y": Y}, batch_size=[2]), "y"),
+    "nested TensorDict": (TensorDict({"x": X, "n": {"y": Y}}, batch_size=[2]), "n.y"),
+    "locked TensorDict": (TensorDict({"x": X, "y": Y}, batch_size=[2]).lock_(), "y"),
+    "tensorclass": (Sample(x=X, y=Y, name="text", batch_size=[2]), "y"),
+    "slots": (Slots(), "y"),
+    "BatchEncoding": (BatchEncoding({"x": X, "y": Y}), "y"),
+    "ModelOutput": (Output(x=X, y=Y), "y"),
+    "DictConfig": (OmegaConf.create({"x": X, "y": Y}, flags={"allow_objects": True}), "y"),
+    "MetaTensor": ((MetaTensor(X), MetaTensor(Y)), "1"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_batches_of_other_packages(kind):
+    batch, key = OTHERS[kind]
+    labels = get(batch, key)
+    before = [(where, leaf.clone()) for where, leaf in leaves(batch)]
+    mixed = draw_mix(len(labels), 1.0).target(labels)
+    new = replaced(batch, key, mixed)
+    assert type(new) is type(batch)
+    assert get(new, key) is mixed
+    after = leaves(batch)
+    assert [where for where, _ in after] == [where for where, _ in before]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(after, before, strict=True))
+    assert get(batch, key) is labels
+    assert key in [str(where) for where, _ in leaves(new)]
+    assert structure(batch) == structure(replaced(batch, key, labels))
+    assert f"int64 tensor {tuple(labels.shape)}" in describe(batch)
+
+
+def test_an_object_that_refers_to_itself():
+    batch = Plain()
+    batch.batch = batch
+    assert [key for key, _ in leaves(batch)] == ["image", "target"]
+    assert "'target': int64 tensor (2,)" in describe(batch)
+    assert structure(batch) == structure(batch)

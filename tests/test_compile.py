@@ -48,6 +48,11 @@ def pair(cls=Classifier):
     return module, reference
 
 
+def rounded_otherwise(losses):
+    """A compiled graph has its gradient from plain operations, whose last bit may differ from that of `torch.lerp`."""
+    return pytest.approx(losses, rel=1e-6)
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 @pytest.mark.parametrize("validate", [False, True])
 def test_inner_network(how, validate):
@@ -59,7 +64,7 @@ def test_inner_network(how, validate):
         module.model.compile(backend=graphs, fullgraph=True)
     n = 21 if validate else 24  # with an odd last batch
     losses = fit(module, n=n, validate=validate)
-    assert losses == fit(reference, n=n, validate=validate)
+    assert losses == rounded_otherwise(fit(reference, n=n, validate=validate))
     assert graphs.frame_count <= (2 * len(LAYERS) + 2 if validate else len(LAYERS))
 
 
@@ -77,7 +82,7 @@ def test_whole_module(layers):
     module, reference = pair(Step)
     graphs = CompileCounter()
     compiled = torch.compile(module, backend=graphs, fullgraph=True)
-    assert fit(module, compiled, layers=layers) == fit(reference, layers=layers)
+    assert fit(module, compiled, layers=layers) == rounded_otherwise(fit(reference, layers=layers))
     assert 0 < graphs.frame_count <= 2 * len(LAYERS) + 2
 
 
@@ -106,7 +111,7 @@ def test_more_layers_than_the_limit_of_recompilation():
     assert len(layers) > torch._dynamo.config.recompile_limit
     limit = torch._dynamo.config.recompile_limit
     module.model = torch.compile(module.model, backend="eager", fullgraph=True)
-    assert fit(module, layers=layers, epochs=8) == fit(reference, layers=layers, epochs=8)
+    assert fit(module, layers=layers, epochs=8) == rounded_otherwise(fit(reference, layers=layers, epochs=8))
     assert torch._dynamo.config.recompile_limit == limit
 
 
@@ -117,7 +122,7 @@ def test_network_that_was_compiled_and_run_before_the_fit():
         module.model(next(iter(loader()))[0])  # cached without hooks
     reference.model(next(iter(loader()))[0])
     reference.model(next(iter(loader()))[0])
-    assert fit(module) == fit(reference)
+    assert fit(module) == rounded_otherwise(fit(reference))
 
 
 LOSSES = {

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -36,4 +37,11 @@ def fresh_graphs(layers: int) -> Iterator[None]:
     torch._dynamo.reset()
     limit = max(torch._dynamo.config.recompile_limit, 2 * layers + 2)
     with torch._dynamo.config.patch(recompile_limit=limit):
+        yield
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """What torch.compile has wrapped runs uncompiled."""
+    with torch.compiler.set_stance("force_eager"):
         yield

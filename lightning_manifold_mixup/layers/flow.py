@@ -126,7 +126,7 @@ class Flow(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         # Tensor subclasses (labels in superposition) would take our own questions for the user's operations.
         with torch._C.DisableTorchFunctionSubclass():
-            reads = [_read(tensor) for tensor in tensors(_value_arguments(name, args, kwargs))]
+            reads = [_read(tensor) for tensor in tensors(value_arguments(name, args, kwargs))]
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             fresh = [t for t in tensors(out) if not any(t is read.tensor for read in reads)]
@@ -265,7 +265,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(branch)
 
 
-def _value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Leave out the tensors that an operation asks for their shape or type only."""
     if name.endswith("_like") or name.startswith("new_"):
         return ()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_manifold_mixup._step.hooks import is_training_forward
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, analyse
 from lightning_manifold_mixup.layers.flow import Flow, is_transformed, tensors
 from lightning_manifold_mixup.layers.names import INPUT, named_layers
 from lightning_manifold_mixup.layers.report import LayerReport, make_report
-from lightning_manifold_mixup.mixing import is_training_forward
 
 
 class Observation:
