@@ -88,7 +88,7 @@ class _FolderDataModule(ImageDataModule):
         return [data_dir]
 
     def _folder(self, split: Split) -> Path | None:
-        """`split`'s folder. What is held out under one name only, `val` or `test`, is the test set."""
+        """Return the folder of a split. If only one of `val` and `test` exists, it is the test set."""
         val, test = self.root / "val", self.root / "test"
         if split == "train":
             return self.root / "train"
@@ -128,8 +128,8 @@ class _FolderDataModule(ImageDataModule):
 class ImageFolderDataModule(_FolderDataModule):
     """Any folder of images: `train/<class>/...`, `val/<class>/...`, `test/<class>/...`.
 
-    Where only one of `val` and `test` is there, it is the test set. A `val` folder is the validation set too; to
-    keep it for the test where it is the only one, let `val_size` take validation out of the training images.
+    If only one of `val` and `test` exists, it is the test set. A `val` folder is also the validation set; to use it for
+    the test alone, take the validation set out of the training images by `val_size`.
 
     Args:
         data_dir: the folder that has `train`.
@@ -186,12 +186,12 @@ class ImageFolderDataModule(_FolderDataModule):
 class TinyImageNetDataModule(_FolderDataModule):
     """Tiny-ImageNet: 200 classes of 500 training images of 64x64 pixels; random flip and crop with padding 4.
 
-    Its test images have no labels: as everywhere, the 10,000 validation images are the test set. They may lie as they
-    come (`val/images` and `val/val_annotations.txt`) or sorted into `val/<class>`. They are the validation set
-    too, unless `val_size` takes that out of the training images.
+    Its test images have no labels, so the 10,000 validation images are the test set, as is usual. They may lie as
+    downloaded (`val/images` and `val/val_annotations.txt`) or sorted into `val/<class>`. They are also the
+    validation set, unless `val_size` takes that out of the training images.
 
     Args:
-        data_dir: the folder that has `train`, or has `tiny-imagenet-200`, or where that is to be put.
+        data_dir: the folder that has `train`, or has `tiny-imagenet-200`, or where that will be put.
         download: download it there (237 MB) if it is missing.
         in_memory: decode every image once, to uint8 (1.3 GB), when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
@@ -283,7 +283,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 def _cached(images: ImageFiles, folder: Path, split: str) -> Tensor:
-    """Decoded images from `folder`, decoding and writing them first if they are not there or the files have changed."""
+    """Read decoded images from `folder`; decode and write them first if they are missing or the files have changed."""
     digest = hashlib.sha256()
     for path in images.paths:
         stat = os.stat(path)
@@ -294,7 +294,7 @@ def _cached(images: ImageFiles, folder: Path, split: str) -> Tensor:
         partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
             torch.save(images.decode(), partial)
-            os.replace(partial, file)  # at once: another process finds a whole file or none
+            os.replace(partial, file)  # in one step: another process finds a complete file or none
         finally:
             partial.unlink(missing_ok=True)
     cached: Tensor = torch.load(file, mmap=True, weights_only=True)
