@@ -155,9 +155,8 @@ class EvaluationCallback(L.Callback, ABC):
         """Add values to the mean `self.means[key]`, which is taken over all batches and ranks."""
         if key not in self.means:
             self.means[key] = MeanMetric()
-            self.means[key].set_dtype(
-                torch.float32
-            )  # under "16-true" the default is float16, which cannot count above 2048
+            # under "16-true" the default is float16, which cannot count above 2048
+            self.means[key].set_dtype(torch.float32)
             self.means[key].to(values.device)
         self.means[key].update(values)
 

@@ -62,8 +62,8 @@ class ClassSpectrum(Metric):
     """Singular values of each class's hidden states, accumulated over batches.
 
     The matrix of a class has the shape (n_c, features); its mean is subtracted if `centred`. The values grow with the
-    square root of n_c, as in the paper. Only counts, sums and second moments are kept, in float64: memory is num_classes *
-    features^2 * 8 bytes, whatever the number of samples, and ranks are reduced by addition.
+    square root of n_c, as in the paper. Only counts, sums and second moments are kept, in float64: memory is
+    num_classes * features^2 * 8 bytes, whatever the number of samples, and ranks are reduced by addition.
 
     Singular values are square roots of eigenvalues of the second moments, so a singular value is only known to about
     1e-8 times the largest one before centring. A class on a subspace gives values of that size, not 0, in the other

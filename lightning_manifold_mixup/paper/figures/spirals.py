@@ -1,9 +1,9 @@
 """Figure 1: what Manifold Mixup does to decision boundary, hidden states and their singular values, on 2-D spirals.
 
 Source: Verma et al. 2019, Figure 1: a fully connected network of nine layers with a 2-D bottleneck in the middle, mixed
-only there. Data, widths and the strength of the other regularisers are not stated there. Here, of the strengths that
-were tried, each is the largest (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5; input mixup alpha 1, 2) with a test error below
-3.5 %.
+only there. Data, widths and the strength of the other regularisers are not stated there. Here each has the largest
+of the strengths that were tried with a test error below 3.5 % (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5;
+input mixup alpha 1, 2).
 """
 
 from __future__ import annotations
