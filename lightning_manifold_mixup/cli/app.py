@@ -58,7 +58,7 @@ TRAINER_COMMANDS = {
     "predict": "run the model on the data of predict_dataloader",
 }
 
-LINKED = ("num_classes", "in_channels", "in_features")
+LINKED = ("num_classes", "in_channels", "in_features", "vocabulary_size")
 """What the data knows and the model asks for."""
 
 

@@ -11,6 +11,7 @@ from lightning_manifold_mixup.paper.models.preact_resnet import (
     preact_resnet101,
     preact_resnet152,
 )
+from lightning_manifold_mixup.paper.models.text import TextConvNet, TextLSTM
 from lightning_manifold_mixup.paper.models.wide_resnet import WideResNet
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "ConvNet",
     "GaussianNoise",
     "PreActResNet",
+    "TextConvNet",
+    "TextLSTM",
     "WideResNet",
     "build_model",
     "preact_resnet18",
