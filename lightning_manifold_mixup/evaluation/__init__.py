@@ -6,14 +6,11 @@ Callbacks for the validation and test of any LightningModule whose forward gives
 from lightning_manifold_mixup.evaluation.attacks import AttackCallback, adversarial_correct, fgsm, pgd, plot_attacks
 from lightning_manifold_mixup.evaluation.calibration import (
     CalibrationCallback,
-    ConfidenceBins,
-    confidence,
-    interpolate,
-    noise_like,
     plot_histogram,
     plot_interpolation,
     plot_reliability,
 )
+from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, interpolate, noise_like
 from lightning_manifold_mixup.evaluation.deformations import (
     DEFORMATIONS,
     Deformation,
@@ -29,6 +26,7 @@ from lightning_manifold_mixup.evaluation.spectrum import (
     plot_spectrum,
     spectrum_summary,
 )
+from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 
 __all__ = [
     "DEFORMATIONS",
@@ -41,9 +39,11 @@ __all__ = [
     "EvaluationCallback",
     "RepresentationCallback",
     "adversarial_correct",
+    "brier_score",
     "confidence",
     "deform",
     "fgsm",
+    "fit_temperature",
     "hidden_states",
     "interpolate",
     "noise_like",
