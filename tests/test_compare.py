@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_manifold_mixup.cli import compare, main
+from lightning_manifold_mixup.cli import compare, main, runs
+from lightning_manifold_mixup.cli.training import Prepared
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -37,21 +38,21 @@ class Spy(Callback):
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch, tmp_path) -> None:
+def _own_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def test_same_weights_and_same_first_batch(monkeypatch, tmp_path) -> None:
     spies = {}
-    make = compare.Prepared.make
-    for method in compare.LABELS:
+    make = Prepared.make
+    for method in runs.LABELS:
         spy = spies[method] = Spy()
 
         def make_and_watch(cli, spy=spy) -> None:
             make(cli)
             cli.trainer.callbacks.append(spy)
 
-        monkeypatch.setattr(compare.Prepared, "make", make_and_watch)
+        monkeypatch.setattr(Prepared, "make", make_and_watch)
         main(["compare", "--seeds=3", f"--methods={method}", f"--out={tmp_path}", *TINY])
     none = spies["none"]
     for method in ("input", "manifold"):
@@ -104,7 +105,7 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
 
 def test_what_changes_the_numbers_changes_the_key(tmp_path) -> None:
     def key(*overrides: str, seed: int = 0, method: str = "manifold") -> str:
-        run = compare.Run("digits", method, seed, overrides, tmp_path)
+        run = runs.Run("digits", method, seed, overrides, tmp_path)
         return run.key(run.prepare())
 
     assert key() == key("--trainer.enable_progress_bar=false", "--trainer.default_root_dir=elsewhere")
@@ -126,21 +127,21 @@ def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
     main(["compare", *configs, "--seeds=0", "--methods=input", "--out=out", *TINY[1:], "--trainer.max_epochs=2"])
     printed = capsys.readouterr().out
     assert "best val epoch" in printed
-    runs = json.loads(Path("out/compare.json").read_text())["runs"]
-    assert [run["recipe"] for run in runs] == ["digits", "digits+other"]
-    assert [run["best_epoch"] is None for run in runs] == [True, False]
-    validation = [epoch["val/error"] for epoch in runs[1]["validation"]]
+    results = json.loads(Path("out/compare.json").read_text())["runs"]
+    assert [run["recipe"] for run in results] == ["digits", "digits+other"]
+    assert [run["best_epoch"] is None for run in results] == [True, False]
+    validation = [epoch["val/error"] for epoch in results[1]["validation"]]
     assert len(validation) == 2
-    assert runs[1]["best_epoch"] == validation.index(min(validation))
-    if runs[1]["best_epoch"] == 1:
-        assert runs[1]["metrics"]["best val epoch"] == pytest.approx(runs[1]["metrics"]["last epoch"])
+    assert results[1]["best_epoch"] == validation.index(min(validation))
+    if results[1]["best_epoch"] == 1:
+        assert results[1]["metrics"]["best val epoch"] == pytest.approx(results[1]["metrics"]["last epoch"])
 
 
 def test_teachers_beside_networks_without_one(tmp_path, capsys) -> None:
     options = ["--methods=manifold", "--seeds=0,1,2", f"--out={tmp_path}", "--trainer.max_steps=1"]
     main(["compare", "--config=semi_digits-supervised", "--config=semi_digits", *options])
-    runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
-    errors = [100 * run["metrics"]["last epoch"]["test/teacher_error"] for run in runs[3:]]
+    results = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    errors = [100 * run["metrics"]["last epoch"]["test/teacher_error"] for run in results[3:]]
     with (tmp_path / "compare.csv").open() as file:
         alone, taught = csv.DictReader(file)
     assert (alone["teacher's error %"], alone["teacher's error % std"]) == ("", "")
@@ -151,21 +152,21 @@ def test_teachers_beside_networks_without_one(tmp_path, capsys) -> None:
 
 def test_a_run_that_diverged_is_in_the_table() -> None:
     def result(seed, nll):
-        metrics = {compare.LAST: {"test/error": 0.5, "test/nll": nll}}
+        metrics = {runs.LAST: {"test/error": 0.5, "test/nll": nll}}
         return {"recipe": "digits", "method": "manifold", "seed": seed, "metrics": metrics, "seconds": 1.0}
 
     [row] = compare.summary([result(0, 1.0), result(1, float("nan")), result(2, 2.0)])
     assert (row["error %"], row["error % std"]) == (50, 0)
     assert math.isnan(row["NLL"])
     assert math.isnan(row["NLL std"])
-    compare.print_table([row])
+    compare.print_summary([row])
 
 
 def test_the_last_weights_give_the_last_number(tmp_path) -> None:
     main(["compare", "--seeds=0", "--methods=manifold", f"--out={tmp_path}", *TINY])
     (folder,) = (tmp_path / "runs").iterdir()
     result = json.loads((folder / "result.json").read_text())
-    cli = compare.Prepared(["--config", str(folder / "config.yaml")], run=False)
+    cli = Prepared(["--config", str(folder / "config.yaml")], run=False)
     cli.config.trainer.logger = False
     cli.make()
     cli.model.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
@@ -185,8 +186,8 @@ def test_methods_of_a_callback_in_the_yaml(tmp_path) -> None:
         "      init_args: {alpha: 3.0, layers: [model.layer1]}\n"
     )
     found = {}
-    for method in compare.LABELS:
-        config = compare.Run(f"digits+{file}", method, 0, (), tmp_path).prepare().config
+    for method in runs.LABELS:
+        config = runs.Run(f"digits+{file}", method, 0, (), tmp_path).prepare().config
         arguments = config.trainer.callbacks[0].init_args
         found[method] = (arguments.alpha, arguments.layers)
     assert found == {"none": (0, ["model.layer1"]), "input": (1, ["input"]), "manifold": (3, ["model.layer1"])}
@@ -194,10 +195,10 @@ def test_methods_of_a_callback_in_the_yaml(tmp_path) -> None:
 
 def test_rows_bring_their_own_methods(tmp_path) -> None:
     alphas = {
-        method: compare.Run("tinyimagenet-preactresnet18-manifold", method, 0, (), tmp_path)
+        method: runs.Run("tinyimagenet-preactresnet18-manifold", method, 0, (), tmp_path)
         .prepare()
         .config.model.init_args
-        for method in compare.LABELS
+        for method in runs.LABELS
     }
     assert {method: arguments.alpha for method, arguments in alphas.items()} == {
         "none": 0,

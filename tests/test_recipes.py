@@ -6,7 +6,7 @@ import yaml
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup.cli import recipes as command
-from lightning_manifold_mixup.cli.compare import Prepared
+from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
 
 # Lightning calls functions of jsonargparse that its latest versions deprecate

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
 
 if TYPE_CHECKING:

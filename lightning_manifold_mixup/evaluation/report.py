@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,16 +22,14 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup.evaluation.tables import Row, print_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["EvaluationCallback", "Row", "print_table", "scalars", "write_report"]
-
-Row = dict[str, Any]
-"""One line of a table. Texts say what was measured, numbers are the results, None is a result that does not apply."""
+__all__ = ["EvaluationCallback", "Row", "scalars", "write_report"]
 
 
 def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None, **details: Any) -> list[Path]:
@@ -77,27 +74,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(x) for x in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def print_table(rows: list[Row], title: str) -> None:
-    """Print rows of results to the terminal; numbers have four decimals.
-
-    Example:
-        >>> print_table([{"attack": "fgsm", "accuracy": 0.25}], "test attacks")  # doctest: +NORMALIZE_WHITESPACE
-           test attacks
-        ┏━━━━━━━━┳━━━━━━━━━━┓
-        ┃ attack ┃ accuracy ┃
-        ┡━━━━━━━━╇━━━━━━━━━━┩
-        │ fgsm   │   0.2500 │
-        └────────┴──────────┘
-    """
-    table = require("rich.table", "cli").Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*("" if x is None else x if isinstance(x, str) else f"{x:.4f}" for x in row.values()))
-    # wide enough for a table where the output is no terminal
-    require("rich.console", "cli").Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def scalars(rows: Iterable[Row]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from lightning_manifold_mixup.paper.data.images import (
     TinyImageNetDataModule,
 )
 from lightning_manifold_mixup.paper.data.semi_supervised import SemiSupervisedDataModule
+from lightning_manifold_mixup.paper.data.shapes import ShapesDataModule
 from lightning_manifold_mixup.paper.data.spirals import SpiralsDataModule
 from lightning_manifold_mixup.paper.data.tabular import DiabetesDataModule, FriedmanDataModule, RegressionDataModule
 from lightning_manifold_mixup.paper.data.text import TextDataModule
@@ -26,6 +27,7 @@ __all__ = [
     "RegressionDataModule",
     "SVHNDataModule",
     "SemiSupervisedDataModule",
+    "ShapesDataModule",
     "SpiralsDataModule",
     "TextDataModule",
     "TinyImageNetDataModule",

@@ -174,7 +174,7 @@ class ImageDataModule(ClassificationDataModule):
         batch_size: samples of a training batch (on each device).
         eval_batch_size: samples of a validation, test or prediction batch.
         val_size: validation samples taken out of the training split, class-balanced, by `seed`: a number, or a share
-            below 1; 0 for none. ``"test"`` validates on the test set: the papers' "best" error is the lowest of these.
+            below 1; 0 for none. `"test"` validates on the test set: the papers' "best" error is the lowest of these.
         labels_per_class: train on that many samples of each class only, drawn by `seed` from what validation leaves;
             None for all. A smaller number is a subset of a larger one.
         padding: of the random crop; None for the data set's own (the papers' code), 0 for none.

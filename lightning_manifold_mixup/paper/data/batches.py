@@ -1,6 +1,6 @@
 """Data sets that hand out whole batches: uint8 images, in memory or on disk, augmented and normalised at once.
 
-A `DataLoader` asks a data set that has ``__getitems__`` for all samples of a batch in one call. That turns a hundred
+A `DataLoader` asks a data set that has `__getitems__` for all samples of a batch in one call. That turns a hundred
 times crop, flip, convert and normalise, and the collation, into one call of each: about ten times as fast.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 
 __all__ = [
     "ImageDataset",
@@ -99,7 +99,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_v
 
 
 def collate(batch: Any) -> Any:
-    """`default_collate`, for data sets that may already have returned a batch (from ``__getitems__``).
+    """`default_collate`, for data sets that may already have returned a batch (from `__getitems__`).
 
     Example:
         >>> collate((torch.zeros(4, 2), torch.zeros(4)))[0].shape
@@ -111,7 +111,7 @@ def collate(batch: Any) -> Any:
 
 
 class LabelledDataset(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Samples (input, int64 label), by the sample or by the batch; ``labels`` has all labels at once, (n,) int64.
+    """Samples (input, int64 label), by the sample or by the batch; `labels` has all labels at once, (n,) int64.
 
     Subclasses give `__getitems__`, the batch of several indices: inputs stacked, and labels.
     """
@@ -242,7 +242,7 @@ class ImageDataset(LabelledDataset):
             its shape and dtype.
         flatten: samples as vectors.
 
-    A sample is (float32 image (channels, height, width), int64 label); a batch, from ``__getitems__``, is both stacked.
+    A sample is (float32 image (channels, height, width), int64 label); a batch, from `__getitems__`, is both stacked.
     Draws come from torch's global generator, which a DataLoader seeds for each worker.
 
     Example:

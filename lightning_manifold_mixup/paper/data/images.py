@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles, read_image
 
@@ -98,7 +98,7 @@ class CIFAR10DataModule(_TorchvisionDataModule):
     """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels; random flip and crop with padding 2.
 
     Args:
-        data_dir: folder with ``cifar-10-batches-py``, or where it is to be put.
+        data_dir: folder with `cifar-10-batches-py`, or where it is to be put.
         download: download it there if it is missing.
         kwargs: the arguments of `ImageDataModule`. Most other work on CIFAR uses padding 4.
 
@@ -126,7 +126,7 @@ class CIFAR100DataModule(_TorchvisionDataModule):
     """CIFAR-100: as CIFAR-10 with 100 (fine) classes.
 
     Args:
-        data_dir: folder with ``cifar-100-python``, or where it is to be put.
+        data_dir: folder with `cifar-100-python`, or where it is to be put.
         download: download it there if it is missing.
         kwargs: the arguments of `ImageDataModule`.
 
@@ -150,7 +150,7 @@ class SVHNDataModule(_TorchvisionDataModule):
     """SVHN: 73,257 training and 26,032 test images of 32x32 pixels; random crop with padding 2, no flip.
 
     Args:
-        data_dir: folder with ``train_32x32.mat`` and ``test_32x32.mat``, or where they are to be put.
+        data_dir: folder with `train_32x32.mat` and `test_32x32.mat`, or where they are to be put.
         download: download them there if they are missing.
         kwargs: the arguments of `ImageDataModule`.
 
@@ -180,7 +180,7 @@ class SVHNDataModule(_TorchvisionDataModule):
 
 
 class _FolderDataModule(ImageDataModule):
-    """Files ``<split>/<class>/**/<image>``.
+    """Files `<split>/<class>/**/<image>`.
 
     Args:
         data_dir: the folder.
@@ -208,7 +208,7 @@ class _FolderDataModule(ImageDataModule):
 
     @cached_property
     def root(self) -> Path:
-        """The folder that has ``train``."""
+        """The folder that has `train`."""
         candidates = self._candidates(Path(self.data_dir).expanduser())
         for root in candidates:
             if (root / "train").is_dir():
@@ -220,7 +220,7 @@ class _FolderDataModule(ImageDataModule):
 
     @cached_property
     def folder_names(self) -> tuple[str, ...]:
-        """Names of the folders in ``train``, sorted: their positions are the labels."""
+        """Names of the folders in `train`, sorted: their positions are the labels."""
         names = tuple(sorted(entry.name for entry in (self.root / "train").iterdir() if entry.is_dir()))
         if not names:
             raise FileNotFoundError(
@@ -249,7 +249,7 @@ class _FolderDataModule(ImageDataModule):
         return [data_dir]
 
     def _folder(self, split: Split) -> Path | None:
-        """`split`'s folder. What is held out under one name only, ``val`` or ``test``, is the test set."""
+        """`split`'s folder. What is held out under one name only, `val` or `test`, is the test set."""
         val, test = self.root / "val", self.root / "test"
         if split == "train":
             return self.root / "train"
@@ -265,7 +265,7 @@ class _FolderDataModule(ImageDataModule):
         return val if val.is_dir() else None
 
     def _list(self, folder: Path) -> tuple[list[str], list[int]]:
-        """Image files below ``folder/<class>``, in a fixed order, and their labels."""
+        """Image files below `folder/<class>`, in a fixed order, and their labels."""
         number = {name: label for label, name in enumerate(self.folder_names)}
         paths: list[str] = []
         labels: list[int] = []
@@ -287,13 +287,13 @@ class _FolderDataModule(ImageDataModule):
 
 
 class ImageFolderDataModule(_FolderDataModule):
-    """Any folder of images: ``train/<class>/...``, ``val/<class>/...``, ``test/<class>/...``.
+    """Any folder of images: `train/<class>/...`, `val/<class>/...`, `test/<class>/...`.
 
-    Where only one of ``val`` and ``test`` is there, it is the test set. A ``val`` folder is the validation set too; to
+    Where only one of `val` and `test` is there, it is the test set. A `val` folder is the validation set too; to
     keep it for the test where it is the only one, let `val_size` take validation out of the training images.
 
     Args:
-        data_dir: the folder that has ``train``.
+        data_dir: the folder that has `train`.
         image_size: side in pixels: other images are resized (shorter side) and cropped in the centre. None: the size of
             the first training image, which all must have.
         mean, std: normalisation of each channel, for pixels from 0 to 1.
@@ -348,11 +348,11 @@ class TinyImageNetDataModule(_FolderDataModule):
     """Tiny-ImageNet: 200 classes of 500 training images of 64x64 pixels; random flip and crop with padding 4.
 
     Its test images have no labels: as everywhere, the 10,000 validation images are the test set. They may lie as they
-    come (``val/images`` and ``val/val_annotations.txt``) or sorted into ``val/<class>``. They are the validation set
+    come (`val/images` and `val/val_annotations.txt`) or sorted into `val/<class>`. They are the validation set
     too, unless `val_size` takes that out of the training images.
 
     Args:
-        data_dir: the folder that has ``train``, or has ``tiny-imagenet-200``, or where that is to be put.
+        data_dir: the folder that has `train`, or has `tiny-imagenet-200`, or where that is to be put.
         download: download it there (237 MB) if it is missing.
         in_memory: decode every image once, to uint8 (1.3 GB), when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine

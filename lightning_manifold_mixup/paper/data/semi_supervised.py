@@ -18,7 +18,7 @@ __all__ = ["RepeatingSampler", "SemiSupervisedDataModule"]
 
 
 class SemiSupervisedDataModule(L.LightningDataModule):
-    """Training batches ``{"labelled": (x, y), "unlabelled": (x, y)}`` of a few labelled samples and of all samples.
+    """Training batches `{"labelled": (x, y), "unlabelled": (x, y)}` of a few labelled samples and of all samples.
 
     An epoch is one pass over the unlabelled samples: the whole training split less validation, labelled samples
     included. Each step also has a full batch of labelled samples, which are gone through again and again, each time in

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import Split
 
 __all__ = ["DiabetesDataModule", "FriedmanDataModule", "RegressionDataModule"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset
 from lightning_manifold_mixup.paper.data.splits import split_by_class

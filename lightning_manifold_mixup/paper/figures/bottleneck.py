@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.figures.training import (
     TITLES,
     Method,
     Problem,
     Report,
+    cell,
     digits,
     evaluate,
     layers_after,
-    mean_and_std,
+    means_and_stds,
     plot_grid,
-    plus_minus,
     probabilities_on_grid,
     square_around,
     train_all,
@@ -69,13 +69,13 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
             evaluate(network, task.test_set) | {"confidence": _maps(network, task)[3].mean().item()}
             for network in trained
         ]
-        rows.append({"method": method, **mean_and_std(numbers)})
+        rows.append({"method": method, **means_and_stds(numbers)})
     table: list[Row] = [
         {
             "method": row["method"],
-            "test error %": plus_minus(row, "test_error", 2),
-            "NLL": plus_minus(row, "test_nll", 3),
-            "mean confidence": plus_minus(row, "confidence", 3),
+            "test error %": cell(row, "test_error", 2),
+            "NLL": cell(row, "test_nll", 3),
+            "mean confidence": cell(row, "confidence", 3),
         }
         for row in rows
     ]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.data import SpiralsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset
 from lightning_manifold_mixup.paper.figures.training import (
@@ -22,11 +22,11 @@ from lightning_manifold_mixup.paper.figures.training import (
     Method,
     Problem,
     Report,
+    cell,
     evaluate,
     layers_after,
-    mean_and_std,
+    means_and_stds,
     plot_grid,
-    plus_minus,
     probabilities_on_grid,
     spectra,
     square_around,
@@ -105,18 +105,18 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
             }
             for network, spectrum in zip(trained, found, strict=True)
         ]
-        rows.append({"method": method, **mean_and_std(numbers)})
+        rows.append({"method": method, **means_and_stds(numbers)})
         curves[method] = {
             layer: [spectrum[layer]["singular_values"].tolist() for spectrum in found] for layer in LAYERS
         }
     table: list[Row] = [
         {
             "method": row["method"],
-            "test error %": plus_minus(row, "test_error", 2),
-            "NLL": plus_minus(row, "test_nll", 3),
-            "confidence > 0.95": plus_minus(row, "confident", 0) + " %",
-            "bottleneck": f"{plus_minus(row, 'bottleneck_largest', 1)} / {plus_minus(row, 'bottleneck_rest', 1)}",
-            "layer5": f"{plus_minus(row, 'layer5_largest', 1)} / {plus_minus(row, 'layer5_rest', 1)}",
+            "test error %": cell(row, "test_error", 2),
+            "NLL": cell(row, "test_nll", 3),
+            "confidence > 0.95": cell(row, "confident", 0) + " %",
+            "bottleneck": f"{cell(row, 'bottleneck_largest', 1)} / {cell(row, 'bottleneck_rest', 1)}",
+            "layer5": f"{cell(row, 'layer5_largest', 1)} / {cell(row, 'layer5_rest', 1)}",
         }
         for row in rows
     ]

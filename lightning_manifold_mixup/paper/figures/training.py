@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.evaluation import ClassSpectrum, hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row, mean_and_std, plus_minus
 from lightning_manifold_mixup.module import ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset, collate
 from lightning_manifold_mixup.paper.models import BottleneckMLP
+from lightning_manifold_mixup.paper.quiet import IN_MEMORY, quiet_lightning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +35,12 @@ __all__ = [
     "Method",
     "Problem",
     "Report",
+    "cell",
     "digits",
     "evaluate",
     "layers_after",
-    "mean_and_std",
+    "means_and_stds",
     "plot_grid",
-    "plus_minus",
     "probabilities_on_grid",
     "spectra",
     "square_around",
@@ -146,7 +146,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
         >>> network(x).shape
         torch.Size([1000, 10])
     """
-    with torch.random.fork_rng(devices=[]), _one_thread(), _quiet():
+    with torch.random.fork_rng(devices=[]), _one_thread(), quiet_lightning(logging.ERROR, *IN_MEMORY):
         torch.manual_seed(seed)
         network = BottleneckMLP(**problem.network, **method.network)
         optimizer = partial(torch.optim.Adam, lr=problem.learning_rate, weight_decay=method.weight_decay)
@@ -187,23 +187,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says about a loader in memory and about the machine, dozens of times over."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message="The number of training batches")
-            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @torch.no_grad()
@@ -302,27 +285,24 @@ def plot_grid(ax: Axes, values: Tensor, centre: Tensor, radius: float, **options
     return image
 
 
-def mean_and_std(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Mean of each number over seeds, and after it the standard deviation (n - 1; None for a single seed).
+def means_and_stds(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Average the numbers of several seeds; `NAME_std` is the standard deviation of `NAME`.
 
     Example:
-        >>> mean_and_std([{"nll": 1.0}, {"nll": 3.0}])
+        >>> means_and_stds([{"nll": 1.0}, {"nll": 3.0}])
         {'nll': 2.0, 'nll_std': 1.4142135623730951}
     """
     summary: dict[str, float | None] = {}
     for name in results[0]:
-        values = torch.tensor([result[name] for result in results], dtype=torch.float64)
-        summary[name] = values.mean().item()
-        summary[f"{name}_std"] = values.std().item() if len(values) > 1 else None
+        summary[name], summary[f"{name}_std"] = mean_and_std([result[name] for result in results])
     return summary
 
 
-def plus_minus(row: Mapping[str, Any], name: str, decimals: int) -> str:
-    """A mean and its standard deviation as text, the latter left out where there is none.
+def cell(row: Mapping[str, Any], name: str, decimals: int) -> str:
+    """The mean and standard deviation of one number, for the terminal.
 
     Example:
-        >>> plus_minus({"nll": 0.5, "nll_std": 0.25}, "nll", 2), plus_minus({"nll": 0.5, "nll_std": None}, "nll", 1)
-        ('0.50 ± 0.25', '0.5')
+        >>> cell({"nll": 0.5, "nll_std": 0.25}, "nll", 2)
+        '0.50 ± 0.25'
     """
-    spread = row[f"{name}_std"]
-    return f"{row[name]:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")
+    return plus_minus(row[name], row[f"{name}_std"], decimals)
