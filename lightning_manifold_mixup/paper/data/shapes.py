@@ -1,4 +1,4 @@
-"""Segmentation without a download: overlapping shapes with textures in noise, where only the form tells the class."""
+"""Segmentation without a download: overlapping shapes with textures, in noise."""
 
 import math
 from typing import Any
@@ -15,14 +15,18 @@ __all__ = ["ShapesDataModule", "textured_shapes"]
 _SIDES = (0, 4, 3)
 """Corners of the shape of classes 1, 2 and 3; 0 for a disc."""
 
+_WAVES = ((0.0, 2.0), (2.0, 4.0), (5.0, 7.0), (8.0, 10.0))
+"""Stripes across an image, at least and at most, of classes 0 to 3."""
+
 
 def textured_shapes(
     num_images: int, size: int, shapes: int, noise: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw discs, squares and triangles on top of each other, and which pixel belongs to which.
 
-    A shape has a random place, angle and area (the same distribution for all kinds), and stripes of a random colour,
-    direction and width; so has the background. Later shapes cover earlier ones.
+    A shape has a random place, angle, area and colour, with the same distribution for all kinds. It has stripes of
+    another random colour and direction, which are finer for squares than for discs, and finest for triangles. Later
+    shapes cover earlier ones.
 
     Args:
         num_images: how many.
@@ -44,24 +48,25 @@ def textured_shapes(
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(num_images, 1, 1, generator=generator)
 
-    def texture() -> Tensor:
-        direction, phase, waves = uniform(0, math.pi), uniform(0, 2 * math.pi), uniform(2, 8)
+    def texture(kind: Tensor) -> Tensor:
+        low, high = torch.tensor(_WAVES)[kind].unbind(-1)
+        direction, phase, waves = uniform(0, math.pi), uniform(0, 2 * math.pi), low + (high - low) * uniform(0, 1)
         along = (row * direction.sin() + column * direction.cos()) / size
         wave = (2 * math.pi * waves * along + phase).sin().unsqueeze(1)
         colours = torch.randn(2, num_images, 3, 1, 1, generator=generator)
-        return colours[0] + 0.3 * wave * colours[1]
+        return colours[0] + 0.7 * wave * colours[1]
 
     row, column = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
-    images = texture()
+    images = texture(torch.zeros(num_images, 1, 1, dtype=torch.long))
     masks = torch.zeros(num_images, size, size, dtype=torch.long)
     for _ in range(shapes):
         kind = torch.randint(1, 4, (num_images, 1, 1), generator=generator)
         y, x = row - uniform(0.1, 0.9) * size, column - uniform(0.1, 0.9) * size
-        area, angle = uniform(0.02, 0.12) * size**2, uniform(0, 2 * math.pi)
+        area, angle = uniform(0.04, 0.2) * size**2, uniform(0, 2 * math.pi)
         inside = torch.zeros_like(masks, dtype=torch.bool)
         for number, sides in enumerate(_SIDES, 1):
             inside |= (kind == number) & _inside(y, x, area, angle, sides)
-        images = torch.where(inside.unsqueeze(1), texture(), images)
+        images = torch.where(inside.unsqueeze(1), texture(kind), images)
         masks = torch.where(inside, kind, masks)
     return images + noise * torch.randn(images.shape, generator=generator), masks
 
@@ -104,7 +109,7 @@ class ShapesDataModule(ClassificationDataModule):
         test_images: int = 400,
         val_images: int = 0,
         size: int = 32,
-        shapes: int = 4,
+        shapes: int = 3,
         noise: float = 0.3,
         **kwargs: Any,
     ) -> None:
