@@ -34,10 +34,16 @@ NUMBERS = {
     "test/teacher_error": "teacher's error %",
     "test/nll": "NLL",
     "test/ece": "ECE %",
+    "test/rmse": "RMSE",
+    "test/iou": "IoU %",
+    # of a CalibrationCallback in the recipe
+    "test_calibration/data_scaled_nll": "NLL, scaled",
+    "test_calibration/data_scaled_ece": "ECE %, scaled",
+    "test_calibration/data_scaled_brier": "Brier, scaled",
+    "test_calibration/noise_auroc": "AUROC %, noise",
+    "test_calibration/other_data_auroc": "AUROC %, other data",
 }
-"""The metrics that are compared, and what they are called."""
-
-_PERCENT = ("test/error", "test/teacher_error", "test/ece")
+"""The metrics that are compared, and what they are called; with a % they are shares."""
 
 
 @quiet_lightning(logging.WARNING)  # without device, seed and end of each training
@@ -135,9 +141,9 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def value_of(result: Result, metric: str, epoch: str = LAST) -> float:
-    """Read one test metric of a result, errors in percent; NaN if it is missing."""
+    """Read one test metric of a result, shares in percent; NaN if it is missing."""
     value: float = result["metrics"][epoch].get(metric, math.nan)
-    return 100 * value if metric in _PERCENT else value
+    return 100 * value if "%" in NUMBERS.get(metric, "") else value
 
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
@@ -167,7 +173,7 @@ def plot(results: Sequence[Result]) -> Figure:
     names = list(dict.fromkeys(result["recipe"] for result in results))
     methods = [method for method in LABELS if any(result["method"] == method for result in results)]
     metrics = _compared(results)
-    colours = dict(zip(LABELS, ("#8c8c8c", "#e69f00", "#0072b2"), strict=True))
+    colours = dict(zip(LABELS, ("#8c8c8c", "#e69f00", "#0072b2", "#009e73"), strict=True))
     bars = {
         name: [
             (LABELS[method], colours[method], [r for r in results if r["recipe"] == name and r["method"] == method])
@@ -232,7 +238,11 @@ def _parser() -> argparse.ArgumentParser:
         help="name of a recipe, or a file; repeat it to compare on several; A+B lays B over A (default: digits)",
     )  # fmt: skip
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas between (default: 0,1,2)")
-    parser.add_argument("--methods", default=",".join(LABELS), help=f"some of {','.join(LABELS)} (default: all)")
+    parser.add_argument(
+        "--methods",
+        default=",".join(recipes.METHODS),
+        help=f"some of {','.join(LABELS)}; the last adds the loss of the unmixed batch (default: %(default)s)",
+    )
     parser.add_argument("--out", default=f"{RUNS}/compare", help="folder for results (default: %(default)s)")
     return parser
 

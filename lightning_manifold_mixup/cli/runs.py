@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,13 +28,22 @@ from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
 
-__all__ = ["BEST", "LABELS", "LAST", "History", "Result", "Run", "set_method", "train", "version", "write"]
+__all__ = ["BEST", "CLEAN", "LABELS", "LAST", "History", "Result", "Run", "set_method", "train", "version", "write"]
 
-LABELS = {"none": "no mixup", "input": "input mixup", "manifold": "Manifold Mixup"}
+LABELS = {
+    "none": "no mixup",
+    "input": "input mixup",
+    "manifold": "Manifold Mixup",
+    "manifold+clean": "Manifold Mixup + clean",
+}
 """The methods, and what tables call them."""
+
+CLEAN = "+clean"
+"""Ends the name of a method that trains on the unmixed batch too."""
 
 LAST, BEST = "last epoch", "best val epoch"
 
+_CALLBACK = "lightning_manifold_mixup.ManifoldMixupCallback"
 _ALPHAS = ("alpha", "alpha_labelled", "alpha_unlabelled")
 _NO_MATTER = (
     "default_root_dir",
@@ -54,7 +64,7 @@ class Run:
 
     Args:
         recipe: name or file, as `recipes.layers_of` takes it.
-        method: `"none"`, `"input"` or `"manifold"`.
+        method: one of `LABELS`.
         seed: for `seed_everything`.
         overrides: further options of the command line, for all runs; `{seed}` in them stands for the seed.
         out: folder of the comparison.
@@ -81,10 +91,10 @@ class Run:
         """Parse the recipe, and set method and seed."""
         name = self.recipe
         if recipes.is_row(name):  # the paper's rows have a file for each method
-            name = recipes.with_method(name, self.method)
+            name = recipes.with_method(name, self.method.removesuffix(CLEAN))
         overrides = [option.replace("{seed}", str(self.seed)) for option in self.overrides]
         cli = Prepared(["--config", name, *overrides], run=False)
-        if not recipes.is_row(name):
+        if not recipes.is_row(name) or self.method.endswith(CLEAN):
             set_method(cli.config, self.method)
         cli.config.seed_everything = self.seed
         cli.config.trainer.logger = False
@@ -112,6 +122,7 @@ def set_method(config: Any, method: str) -> None:
             this package have.
             Changed in place.
         method: `"none"`: no mixing. `"input"`: alpha 1 at the input. `"manifold"`: as the configuration has it.
+            `"manifold+clean"`: that, with the loss of the unmixed batch added (RegMixup, Pinto et al. 2022).
 
     Raises:
         UsageError: if the configuration has no Manifold Mixup.
@@ -126,6 +137,15 @@ def set_method(config: Any, method: str) -> None:
             "ManifoldMixupCallback in trainer.callbacks, with alpha above 0."
         )
     if method == "manifold":
+        return
+    if method.endswith(CLEAN):
+        if not found:  # a module of this package leaves the mixing to a callback that is there already
+            if alphas != ["alpha"]:
+                raise UsageError(f"--methods {method} needs a model with one alpha, got one with {', '.join(alphas)}.")
+            arguments = Namespace(alpha=place.alpha, layers=place.layers)  # type: ignore[no-untyped-call]
+            found = [Namespace(class_path=_CALLBACK, init_args=arguments)]  # type: ignore[no-untyped-call]
+            config.trainer.callbacks = [*callbacks, *found]
+        found[0].init_args.clean_weight = 1.0
         return
     for name in alphas:
         place[name] = 0.0 if method == "none" else 1.0

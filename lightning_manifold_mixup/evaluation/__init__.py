@@ -6,14 +6,11 @@ Callbacks for the validation and test of any LightningModule whose forward gives
 from lightning_manifold_mixup.evaluation.attacks import AttackCallback, adversarial_correct, fgsm, pgd, plot_attacks
 from lightning_manifold_mixup.evaluation.calibration import (
     CalibrationCallback,
-    ConfidenceBins,
-    confidence,
-    interpolate,
-    noise_like,
     plot_histogram,
     plot_interpolation,
     plot_reliability,
 )
+from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, interpolate, noise_like
 from lightning_manifold_mixup.evaluation.deformations import (
     DEFORMATIONS,
     Deformation,
@@ -30,6 +27,7 @@ from lightning_manifold_mixup.evaluation.spectrum import (
     spectrum_summary,
 )
 from lightning_manifold_mixup.evaluation.tables import console, mean_and_std, plus_minus, print_table
+from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 
 __all__ = [
     "DEFORMATIONS",
@@ -42,10 +40,12 @@ __all__ = [
     "EvaluationCallback",
     "RepresentationCallback",
     "adversarial_correct",
+    "brier_score",
     "confidence",
     "console",
     "deform",
     "fgsm",
+    "fit_temperature",
     "hidden_states",
     "interpolate",
     "mean_and_std",

@@ -121,14 +121,21 @@ class EvaluationCallback(L.Callback, ABC):
         dirname: where the files go; the logger's directory if None.
         input_key: where the images are in a batch: an index, or a key if batches are dicts.
         target_key: where the class indices are in a batch.
+        verbose: whether to print the table.
     """
 
     family: ClassVar[str]
 
     def __init__(
-        self, seed: int = 0, dirname: str | None = None, input_key: int | str = 0, target_key: int | str = 1
+        self,
+        seed: int = 0,
+        dirname: str | None = None,
+        input_key: int | str = 0,
+        target_key: int | str = 1,
+        verbose: bool = True,
     ) -> None:
         self.seed = seed
+        self.verbose = verbose
         self.dirname = dirname
         self.input_key, self.target_key = input_key, target_key
         self.means: dict[str, MeanMetric] = {}
@@ -215,7 +222,7 @@ class EvaluationCallback(L.Callback, ABC):
         if trainer.is_global_zero:
             figure = self.plot(rows, details)
             write_report(rows, Path(dirname or ".") / name, figure, **details)
-            if trainer.state.fn != TrainerFn.FITTING:
+            if self.verbose and trainer.state.fn != TrainerFn.FITTING:
                 print_table(rows, name.replace("_", " "))
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

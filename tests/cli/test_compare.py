@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_manifold_mixup.cli import compare, main, runs
+from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.paper import recipes
 
 TINY = [
     "--trainer.max_epochs=1",
@@ -42,7 +44,7 @@ def _own_folder(monkeypatch, tmp_path) -> None:
 def test_same_weights_and_same_first_batch(monkeypatch, tmp_path) -> None:
     spies = {}
     make = Prepared.make
-    for method in runs.LABELS:
+    for method in recipes.METHODS:
         spy = spies[method] = Spy()
 
         def make_and_watch(cli, spy=spy) -> None:
@@ -183,7 +185,7 @@ def test_methods_of_a_callback_in_the_yaml(tmp_path) -> None:
         "      init_args: {alpha: 3.0, layers: [model.layer1]}\n"
     )
     found = {}
-    for method in runs.LABELS:
+    for method in recipes.METHODS:
         config = runs.Run(f"digits+{file}", method, 0, (), tmp_path).prepare().config
         arguments = config.trainer.callbacks[0].init_args
         found[method] = (arguments.alpha, arguments.layers)
@@ -195,7 +197,7 @@ def test_rows_bring_their_own_methods(tmp_path) -> None:
         method: runs.Run("tinyimagenet-preactresnet18-manifold", method, 0, (), tmp_path)
         .prepare()
         .config.model.init_args
-        for method in runs.LABELS
+        for method in recipes.METHODS
     }
     assert {method: arguments.alpha for method, arguments in alphas.items()} == {
         "none": 0,
@@ -218,3 +220,63 @@ def test_bad_usage(args, message, capsys) -> None:
         main(["compare", *args])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+class Arguments(dict):
+    """What a parsed configuration is to `set_method`: names and items are the same."""
+
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+def test_the_clean_loss_is_added_to_a_callback_of_the_recipe() -> None:
+    own = Arguments(
+        class_path="lightning_manifold_mixup.ManifoldMixupCallback", init_args=Arguments(alpha=3.0, layers=["input"])
+    )
+    other = Arguments(class_path="lightning.pytorch.callbacks.Timer", init_args=Arguments())
+    config = Arguments(trainer=Arguments(callbacks=[other, own]), model=Arguments())
+    runs.set_method(config, "manifold+clean")
+    assert config.trainer.callbacks == [other, own]
+    assert own.init_args == {"alpha": 3.0, "layers": ["input"], "clean_weight": 1.0}
+
+
+def test_the_clean_loss_is_added_to_a_module_that_brings_the_callback() -> None:
+    module = Arguments(init_args=Arguments(alpha=2.0, layers=["model.layer1"]))
+    config = Arguments(trainer=Arguments(callbacks=None), model=module)
+    runs.set_method(config, "manifold+clean")
+    [callback] = config.trainer.callbacks
+    assert callback.class_path == "lightning_manifold_mixup.ManifoldMixupCallback"
+    assert callback.init_args.as_dict() == {"alpha": 2.0, "layers": ["model.layer1"], "clean_weight": 1.0}
+    assert module.init_args == {"alpha": 2.0, "layers": ["model.layer1"]}
+    semi = Arguments(init_args=Arguments(alpha_labelled=1.0, alpha_unlabelled=2.0, layers=["input"]))
+    with pytest.raises(UsageError, match="one alpha, got one with alpha_labelled, alpha_unlabelled"):
+        runs.set_method(Arguments(trainer=Arguments(callbacks=None), model=semi), "manifold+clean")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_calibration_and_regression_in_the_table(tmp_path, capsys) -> None:
+    shorter = ["--trainer.check_val_every_n_epoch=1", "--trainer.num_sanity_val_steps=0"]
+    main(["compare", "--config=digits-calibration", "--seeds=0", f"--out={tmp_path / 'a'}", *TINY, *shorter])
+    rows = rows_of(tmp_path / "a" / "compare.csv")
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("a/runs/*/result.json")]
+    assert len(rows) == 6  # after the last epoch, and after the best one
+    for result in results:
+        [row] = [
+            row
+            for row in rows
+            if row["method"] == runs.LABELS[result["method"]] and row["tested after"] == "last epoch"
+        ]
+        metrics = result["metrics"]["last epoch"]
+        assert float(row["NLL, scaled"]) == pytest.approx(metrics["test_calibration/data_scaled_nll"])
+        assert float(row["ECE %, scaled"]) == pytest.approx(100 * metrics["test_calibration/data_scaled_ece"])
+        assert float(row["AUROC %, noise"]) == pytest.approx(100 * metrics["test_calibration/noise_auroc"])
+    assert "interpolation" not in capsys.readouterr().out
+    main(["compare", "--config=diabetes", "--seeds=0,1", f"--out={tmp_path / 'b'}", "--trainer.max_epochs=1"])
+    rows = rows_of(tmp_path / "b" / "compare.csv")
+    assert [row["method"] for row in rows] == [runs.LABELS[method] for method in recipes.METHODS]
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("b/runs/*none*/result.json")]
+    mean = statistics.mean(result["metrics"]["last epoch"]["test/rmse"] for result in results)
+    assert float(rows[0]["RMSE"]) == pytest.approx(mean)

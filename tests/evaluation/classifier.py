@@ -62,8 +62,8 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def loader(n=48, batch_size=16, **kwargs):
-    pixels, target = pixels_and_target(n)
+def loader(n=48, batch_size=16, seed=0, **kwargs):
+    pixels, target = pixels_and_target(n, seed)
     return DataLoader(TensorDataset(normalise(pixels), target), batch_size=batch_size, **kwargs)
 
 

@@ -31,11 +31,6 @@ v2 = pytest.importorskip("torchvision.transforms.v2")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # lightning's own, with new versions of torch
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-]
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
