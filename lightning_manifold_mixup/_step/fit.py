@@ -222,7 +222,7 @@ class Fit:
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
         )
-        trials = Trials(self.module, call, criterion_candidates(self.module))
+        trials = Trials(self.module, call)
         sites = [self._site(layer, places) for layer in layers]
         self.proof.check(trials, sites, permutations, draws, self._mixed)
         self.plan.passes = self.proof.passes

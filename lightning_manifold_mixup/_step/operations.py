@@ -137,7 +137,7 @@ def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: 
 
 def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """As NLL of log-probabilities, which are the same for both labellings: the largest tensors are made once."""
-    if superposition.weight.ndim:
+    if superposition.lam.ndim:
         return _per_sample(name, func, args, kwargs, superposition)
     if len(args) == 2:
         logits, target = args
@@ -156,7 +156,7 @@ def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposit
 
 def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Losses of samples, each with a lam of its own: weighted before they are summed up."""
-    if not superposition.weight.ndim:
+    if not superposition.lam.ndim:
         return _on_both(name, func, args, kwargs, superposition)
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -166,11 +166,12 @@ def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition
         return _on_both(name, func, args, kwargs, superposition)
     arguments["reduction"] = "none"
     results = []
-    mean = superposition.reduced.weight
-    for pick, weight in ((_first, superposition.weight / mean), (_second, (1 - superposition.weight) / (1 - mean))):
+    means = superposition.reduced.weights(torch.float64)
+    for pick, weight, mean in zip((_first, _second), superposition.weights(torch.float64), means, strict=True):
         under = _under(dict(arguments), pick)
         losses = func(**under)
-        total = (losses * weight.reshape(weight.shape + (1,) * (losses.ndim - 1)).to(losses)).sum()
+        share = (weight / mean).to(losses.dtype).reshape(weight.shape + (1,) * (losses.ndim - 1))
+        total = (losses * share).sum()
         results.append(total / _count(under, losses) if reduction == "mean" else total)
     note_use(superposition, results)
     first, second = results
