@@ -207,10 +207,14 @@ class EvaluationCallback(Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         if self.should_evaluate(trainer) and dataloader_idx == 0:
-            places = self._keys.locate(batch)
-            images, target = places.of(batch, places.require_inputs()[0]), places.of(batch, places.targets[0])
+            images, target = self.entries(batch)
             with trainer.precision_plugin.forward_context():
                 self.update(pl_module, images, target)
+
+    def entries(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The images and the class indices of a batch."""
+        places = self._keys.locate(batch)
+        return places.of(batch, places.require_inputs()[0]), places.of(batch, places.targets[0])
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
