@@ -12,8 +12,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.compiled import check_compiled
 from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext, Partners
 from lightning_manifold_mixup._step.fit import Fit, Options, Plan
+from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
 from lightning_manifold_mixup._step.proof import Passes
@@ -22,7 +24,7 @@ from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighte
 from lightning_manifold_mixup.mixing import Draw, check_alpha
 
 
-class ManifoldMixupCallback(pl.Callback):
+class ManifoldMixupCallback(Callback):
     """Trains any LightningModule with Manifold Mixup (Verma et al., ICML 2019, section 2).
 
     For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a partner for each sample; the
@@ -228,8 +230,9 @@ class ManifoldMixupCallback(pl.Callback):
                 "Expected a `training_step(batch, batch_idx)`, got one that takes its batches from `dataloader_iter`: "
                 "they cannot be mixed on the way. Take `batch` as the argument."
             )
-        if stage == "fit":  # a resumed run loads its plan after this; another network needs another one
-            self._plan = Plan()
+        if stage == "fit":
+            check_compiled(pl_module)
+            self._plan = Plan()  # a resumed run loads its plan after this; another network needs another one
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

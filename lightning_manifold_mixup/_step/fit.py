@@ -260,6 +260,8 @@ class Fit:
         if plan.layers is None:
             names = self.trainer.strategy.broadcast(report.default)
             plan.layers = dict.fromkeys(names, 1.0)
+            if INPUT in names and self.step is not None:
+                self.step.site.places.require_inputs()
             _announce_default(names)
             self._hook_layers(plan.layers)
         elif refusals := [refusal for name in plan.layers if (refusal := report.refusal(name))]:

@@ -54,12 +54,13 @@ class MixingHook:
         mix = self.mixes[self.calls % len(self.mixes)]
         self.calls += 1
         n = len(mix.partners)
+        # Below not `mix(output)`: torch.compile of torch 2.6 would make a new graph for each object that is called.
         if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
             sequence, states = output
-            return mix(sequence, 0 if module.batch_first else 1), mix(states, 1)
+            return mix.__call__(sequence, 0 if module.batch_first else 1), mix.__call__(states, 1)
         if self.dims is None and n > 1:
             self.dims = batch_dims(output, n, self.batch_dim)
-        return mix(output, self.dims if self.dims is not None else self.batch_dim)
+        return mix.__call__(output, self.dims if self.dims is not None else self.batch_dim)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
         return MixingHook(self.batch_dim, self.dims)

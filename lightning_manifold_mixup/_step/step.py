@@ -105,6 +105,8 @@ class Site:
             permuted: whether attention masks follow the partners. They are the union of both otherwise: what a mixed
                 state holds of a partner must be seen.
         """
+        if self.layer == INPUT and inputs:
+            self.places.require_inputs()
         values: dict[Any, Any] = {}
         for number, group in enumerate(self.places.groups):
             if labels:

@@ -76,7 +76,7 @@ class Superposition:
     def reduced(self) -> Superposition:
         """For losses of samples that have been summed up with weights of their own: one weight, the mean."""
         if self._reduced is None:
-            self._reduced = Superposition(self.weights(torch.float64)[0].mean())
+            self._reduced = Superposition(self.lam.double().mean())
             self._reduced.swapped = False
         return self._reduced
 
@@ -94,6 +94,11 @@ class Superposition:
             *self.ordered(labels, partners), self, steady=True, averaged=False
         )
         return superposed
+
+    def adopt(self, tensor: Tensor, first: Tensor, second: Tensor) -> None:
+        """Puts a plain tensor into superposition, because labels are written into it."""
+        tensor.__class__ = MixedValue if tensor.is_floating_point() or tensor.is_complex() else MixedTarget
+        _Superposed._fill(tensor, first, second, self, steady=False, averaged=False)
 
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """The mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
@@ -120,9 +125,9 @@ class Superposition:
         for reference in self._alive:
             if (tensor := reference()) is not None:
                 with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-                    shown = _shown(tensor).detach()
+                    shown = _shown(tensor).detach() if tensor._averaged else None  # type: ignore[attr-defined]
                     tensor.__class__ = Tensor
-                    if shown.data_ptr() != tensor.data_ptr():
+                    if shown is not None:
                         tensor.data = shown
                     for name in _Superposed.__annotations__:
                         delattr(tensor, name)
@@ -141,6 +146,12 @@ class _Superposed(Tensor):
     @staticmethod
     def _of(first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool) -> Any:
         new = first.as_subclass(MixedValue if first.is_floating_point() or first.is_complex() else MixedTarget)
+        return _Superposed._fill(new, first, second, superposition, steady, averaged)
+
+    @staticmethod
+    def _fill(
+        new: Any, first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool
+    ) -> Any:
         new._first, new._second, new._superposition = first, second, superposition
         new._steady, new._averaged = steady, averaged
         if not torch.compiler.is_compiling():
