@@ -1,7 +1,7 @@
 """Observing one real forward pass: hooks around every layer, the record of what flows between them, and no trace after.
 
 Whether a layer is eligible is a property of the graph that a forward pass computes. It is read from a pass that happens
-anyway (the first training batch), or from one that `eligible_layers` runs for the purpose and takes back.
+anyway (the first training batch), or from one that `eligible_layers` runs and takes back.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class Observation:
         """Return the hooks for before and after a module that bears `names`."""
 
         def before(module: nn.Module, args: Any) -> None:
-            # Here rather than once: sharded parameters (FSDP) are other tensors while the module runs.
+            # Before each call, because sharded parameters (FSDP) are other tensors while the module runs.
             with torch._C.DisableTorchFunction():
                 self._flow.add_state(module._parameters.values(), module._buffers.values())
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:
-                return None  # a checkpoint recomputing in backward: no new forward pass
+                return None  # a checkpoint is recomputed in backward, which is no new forward pass
             with torch._C.DisableTorchFunction():
                 leaves, structure = tree_flatten(output)
                 marks, shapes, from_input, transformed = [], [], [], False
@@ -93,7 +93,7 @@ class Observation:
                         if marked is not None:
                             leaves[index], node = marked
                             marks.append(Mark(node, tuple(leaf.shape)))
-                # A network that is in eval mode as a whole is only looked at, and will be trained later.
+                # A network that is in eval mode as a whole will be trained later; its mode says nothing about layers.
                 training = module.training or not self._root.training
                 found = tuple(marks), tuple(shapes), tuple(from_input)
                 call = Call(self._order, *found, is_training_forward(), training, transformed)
