@@ -208,3 +208,35 @@ def test_boxes_are_refused(layers):
     with pytest.raises(MisconfigurationException, match=r"got both in one tensor: read as classes by `long` in "):
         trainer(ManifoldMixupCallback(layers=layers)).fit(module, DataLoader([(X, boxes)] * 3, batch_size=None))
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_auto_finds_the_layers_after_pooling():
+    module = Step(of_y(F.cross_entropy), graph_state)
+    callback = ManifoldMixupCallback(alpha=1.0, seed=3)
+    draws = Draws(callback)
+    trainer(callback, draws).fit(module, DataLoader([GRAPHS] * 4, collate_fn=lambda batches: batches[0]))
+    mixed = [draw for draw in draws.drawn if draw is not None]
+    assert mixed
+    assert {layer for layer, *_ in mixed} <= {"body.0", "body.1", "head.0", "head.1"}
+
+
+def test_labels_of_nodes_that_are_not_trained_on_stay_out_of_the_loss():
+    """Partners are drawn among the nodes of the mask: class 3, which none of them has, gets no weight in the loss."""
+    train = torch.tensor([True, True, True, False, True, False])
+    labels = torch.where(train, Y % 3, 3)
+
+    class Nodes(Step):
+        def training_step(self, batch, batch_idx):
+            mask = batch["train_mask"]
+            return F.cross_entropy(self.head(self.body(batch["x"]))[mask], batch["y"][mask])
+
+    batch = {"x": X, "y": labels, "train_mask": train}
+    module = Nodes(None)
+    for lam, p, loss, gradients in fit(module, batch):
+        assert train[p[train]].all()
+        h = module.body(X)
+        z = module.head(lam * h + (1 - lam) * h[p])[train]
+        by_hand = lam * F.cross_entropy(z, labels[train]) + (1 - lam) * F.cross_entropy(z, labels[p][train])
+        torch.testing.assert_close(loss, by_hand.detach(), rtol=1e-6, atol=1e-8)
+        parameters = [*module.body.parameters(), *module.head.parameters()]
+        torch.testing.assert_close(gradients, list(torch.autograd.grad(by_hand, parameters)), rtol=1e-5, atol=1e-8)
