@@ -17,7 +17,7 @@ from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.first_batch import watch
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, set_random_states
-from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
+from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
@@ -90,6 +90,7 @@ class Fit:
         self.call_settles = False
         self._settled: _Settled | None = None
         self._mixed = 0
+        self._plain_inputs = False
         self._checked = False  # in this batch
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
@@ -120,11 +121,14 @@ class Fit:
             places: where the inputs and the targets are in the batch.
         """
         self._stand_in.enter()
+        if places.shared and not self._plain_inputs:
+            self._plain_inputs = True
+            hand_plain_inputs(self.module, self._stack)
         self._checked = False
         device = mixes[0].partners.device
         self.step = Step(
             self.module,
-            self._site(layer or INPUT, places),
+            self._site(layer or "", places),
             mixes,
             self._hooks.get(layer) if layer else None,
             Superposition(mixes[0].lam).to(device),
