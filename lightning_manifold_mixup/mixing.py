@@ -26,6 +26,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.dims import sample_dim
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import interpolate_with_gradient
 from lightning_manifold_mixup._step.switches import mixing_opened
@@ -168,14 +169,19 @@ def _check(lam: Any, partners: Any) -> bool:
         raise ValueError("Expected a lam that is drawn, got one that requires a gradient, which mixing does not give.")
     if torch.compiler.is_compiling():
         return False
-    if type(lam) is Tensor and lam.device.type == "cpu" and not ((lam >= 0) & (lam <= 1)).all():
-        raise ValueError(f"Expected lam in [0, 1], the weight of the original sample, got {lam.tolist()}.")
-    if type(partners) is not Tensor or partners.device.type != "cpu":
+    # By NumPy, which takes a fraction of the time on numbers so few.
+    if (weights := _on_host(lam)) is not None and n and not (weights.min() >= 0 and weights.max() <= 1):
+        raise ValueError(f"Expected lam in [0, 1], the weight of the original sample, got {weights.tolist()}.")
+    if (indices := _on_host(partners)) is None:
         return False
-    indices = partners.numpy()
     if n and not (indices.min() >= 0 and indices.max() < n):
         raise ValueError(f"Expected partners in 0..{n - 1}, indices into the batch of {n}, got {indices.tolist()}.")
     return n == 0 or bool(np.bincount(indices, minlength=n).max() == 1)
+
+
+def _on_host(tensor: Tensor) -> Any:
+    """The values as a NumPy array, None where reading them would wait for a device, or where there are none."""
+    return tensor.numpy() if type(tensor) is Tensor and tensor.device.type == "cpu" else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,13 +202,13 @@ class Draw:
 
 
 def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
-    """The dimensions of the floating point tensors in ``h`` that count its n samples.
+    """The dimensions of the floating point tensors in ``h`` that count its n samples (``_step/dims.py`` has the rule).
 
     Args:
         h: a hidden state; see :meth:`Mix.__call__`.
         n: number of samples.
-        batch_dim: None takes dimension 0, or dimension 1 where dimension 0 has another size (sequences of time-major
-            networks, the states of an LSTM).
+        batch_dim: None takes dimension 0, or dimension 1 of a tensor with three dimensions or more where dimension 0
+            has another size (sequences of time-major networks, the states of an LSTM).
 
     Raises:
         MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in
@@ -217,13 +223,11 @@ def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
     def find(tensor: Tensor) -> None:
         if not _is_state(tensor):
             return
-        candidates = (0, 1) if batch_dim is None else (batch_dim,)
-        found = [dim for dim in candidates if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == n]
-        views = batch_dim is None and n > 1 and tensor.shape[0] != n and tensor.shape[0] % n == 0
-        if not found or views:
+        dim = sample_dim(tensor.shape, n, batch_dim)
+        if dim is None:
             where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
             raise MixingError(_wrong_shape(tensor, n, where))
-        dims.append(found[0])
+        dims.append(dim)
 
     apply_to_collection(h, Tensor, find)
     if not dims:

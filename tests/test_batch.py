@@ -9,7 +9,8 @@ from transformers import BatchEncoding
 from transformers.utils import ModelOutput
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup._step.batch import describe, find, get, leaves, replaced, structure, tensors, without
+from lightning_manifold_mixup._step.batch import describe, get, leaves, replaced, structure, tensors, without
+from lightning_manifold_mixup._step.finding import find_input, find_target
 from tests.graphs import Batch, Data, HeteroData, TensorDict, tensorclass
 
 Named = collections.namedtuple("Named", "a b")
@@ -39,7 +40,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: type(b).__name__)
 def test_find_get_and_replace(batch):
-    keys = find(batch, "input", None), find(batch, "target", None)
+    keys = find_input(batch), find_target(batch)
     assert get(batch, keys[0]) is X
     assert get(batch, keys[1]) is Y
     new = replaced(batch, keys[0], "other")
@@ -65,8 +66,6 @@ def test_index_into_a_named_tuple():
 @pytest.mark.parametrize(
     ("batch", "role", "key", "match"),
     [
-        ((X, Y, Y), "target", None, "none is known to be it. Set `target_key` to its index or name"),
-        ({"label": Y, "target": Y}, "target", None, r"\['label', 'target'\] all could be it"),
         ({"image": X, "label": Y}, "target", "labels", "`target_key='labels'` is not in the batch.*Did you mean label"),
         ((X, Y), "input", 5, "`input_key=5` is not in the batch: no 5 there. Did you mean 0 or 1"),
         ({"a": (X, Y)}, "target", "a.2", "no 2 there"),
@@ -74,7 +73,7 @@ def test_index_into_a_named_tuple():
 )
 def test_errors_show_the_batch(batch, role, key, match):
     with pytest.raises(ValueError, match=match) as error:
-        find(batch, role, key)
+        get(batch, key, role)
     assert "float32 tensor (2, 3)" in str(error.value) or "int64 tensor (2,)" in str(error.value)
 
 
@@ -82,6 +81,7 @@ def test_tensors():
     batch = {"a": [X, "text", 3], "b": Frozen(X, Y)}
     assert [t is X for t in tensors(batch)] == [True, True, False]
     assert list(without((X, Y), [1])) == [X]
+    assert list(without(((X, Y), X), [1, "0.1"])) == [X]  # an autoencoder's
 
 
 def test_describe_nested():
@@ -113,6 +113,7 @@ class Slots:
 class Output(ModelOutput):
     x: torch.Tensor = None
     y: torch.Tensor = None
+    hidden_states: tuple = None
 
 
 def hetero():

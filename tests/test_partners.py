@@ -12,7 +12,7 @@ from jsonargparse import auto_cli
 from lightning_manifold_mixup import Mix, draw_mix
 from lightning_manifold_mixup.partners import ClassBalancedPartners, LabelDistancePartners, Partners, UniformPartners
 
-DRAWS = 4000
+DRAWS = 2000
 
 
 def drawn(strategy, y, seed=0):

@@ -47,7 +47,7 @@ def children(node: Any) -> Sequence[Any]:
         return tuple(node._fields)
     if _is_hetero(node):
         return [*map(str, node.node_types), *map("__".join, node.edge_types)]
-    if dataclasses.is_dataclass(node):
+    if dataclasses.is_dataclass(node) and not _by_key(node):
         return [field.name for field in dataclasses.fields(node) if hasattr(node, field.name)]
     if _by_key(node):
         return list(node.keys())
@@ -122,9 +122,9 @@ def substituted(batch: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
 
 
 def without(batch: Any, keys: Sequence[Key]) -> Iterator[Tensor]:
-    """Yield the tensors of a batch other than those at `keys`."""
-    excluded = {id(tensor) for key in keys for tensor in tensors(get(batch, key))}
-    return (tensor for tensor in tensors(batch) if id(tensor) not in excluded)
+    """Yield the tensors of a batch other than those at `keys`; one that is in two places may be both."""
+    excluded = [resolve(batch, key) for key in keys]
+    return (leaf for path, leaf in _walk(batch, (), ()) if not any(path[: len(top)] == top for top in excluded))
 
 
 def resolve(batch: Any, key: Key, role: str = "value") -> tuple[Any, ...]:
@@ -284,11 +284,11 @@ def _runs(parts: Sequence[Any]) -> tuple[Any, ...]:
 
 def _by_key(node: Any) -> bool:
     """Whether parts are taken by `node[key]`: mappings, and the data of torch_geometric, which is none by its type."""
-    if isinstance(node, dict):
+    if isinstance(node, Mapping):  # some are dataclasses, too: the outputs of transformers
         return True
     if dataclasses.is_dataclass(node) or _is_hetero(node):
         return False
-    return isinstance(node, Mapping) or (callable(getattr(node, "keys", None)) and hasattr(node, "__getitem__"))
+    return callable(getattr(node, "keys", None)) and hasattr(node, "__getitem__")
 
 
 def _is_hetero(node: Any) -> bool:
@@ -303,13 +303,3 @@ def _type(part: str) -> Any:
 def _slots(cls: type) -> Iterator[str]:
     names = vars(cls).get("__slots__", ())
     return (name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__"))
-
-
-def find(batch: Any, role: str, key: Key | None) -> Key:
-    """Return the key of the input or the target; `Keys.locate` finds both at once."""
-    from lightning_manifold_mixup._step.finding import find_input, find_target  # it imports this file
-
-    if key is not None:
-        get(batch, key, role)
-        return key
-    return find_input(batch) if role == "input" else find_target(batch)

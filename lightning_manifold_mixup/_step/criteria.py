@@ -7,7 +7,7 @@ A metric must never meet a superposition: it sees the dominant labels, as plain 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -93,6 +93,21 @@ def criterion_candidates(module: nn.Module) -> list[str]:
         unfit = isinstance(candidate, (Metric, MetricCollection, torch.jit.ScriptModule))
         if not (inside or weights or known or unfit):
             found.append(name)
+    return found
+
+
+def criterion_hooks(module: nn.Module, without: Iterable[str] = ()) -> dict[str, CriterionHooks]:
+    """The hooks on the criteria of a module or its ghost, by name; those of ``without`` are taken off first."""
+    found = {}
+    for name, part in named_layers(module).items():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for number, hook in list(hooks.items()):
+                owner = getattr(hook, "__self__", None)
+                if isinstance(owner, CriterionHooks):
+                    if name in without:
+                        del hooks[number]
+                    else:
+                        found[name] = owner
     return found
 
 

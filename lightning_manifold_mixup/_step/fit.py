@@ -222,7 +222,7 @@ class Fit:
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
         )
-        trials = Trials(self.module, call, criterion_candidates(self.module))
+        trials = Trials(self.module, call)
         sites = [self._site(layer, places) for layer in layers]
         self.proof.check(trials, sites, permutations, draws, self._mixed)
         self.plan.passes = self.proof.passes
@@ -260,6 +260,8 @@ class Fit:
         if plan.layers is None:
             names = self.trainer.strategy.broadcast(report.default)
             plan.layers = dict.fromkeys(names, 1.0)
+            if INPUT in names and self.step is not None:
+                self.step.site.places.require_inputs()
             _announce_default(names)
             self._hook_layers(plan.layers)
         elif refusals := [refusal for name in plan.layers if (refusal := report.refusal(name))]:

@@ -19,7 +19,7 @@ def interpolate_with_gradient(h: Tensor, lam: Tensor, partners: Tensor, dim: int
     # A compiler differentiates plain operations itself; handed the Function below, torch 2.11 makes its gradient zero.
     if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
         return interpolate(h, lam, partners, dim, permutation=permutation)
-    return Interpolate.apply(h, lam, partners, dim, False, permutation)  # type: ignore[no-any-return]
+    return Interpolate.apply(h, (lam, partners, dim, False, permutation))  # type: ignore[no-any-return]
 
 
 class Interpolate(torch.autograd.Function):
@@ -30,24 +30,21 @@ class Interpolate(torch.autograd.Function):
     permutation: backward, too, writes each sample once. Otherwise it sums, always in the same order.
     """
 
-    # Not the newer way with `setup_context`: it binds the arguments by the signature each time, which takes longer than
-    # mixing a small state.
+    # With small states the time goes here, not into the arithmetic. So: not the newer way with `setup_context`, which
+    # binds the arguments by the signature each time; one argument for all that has no gradient, kept as it is, without
+    # the care that `save_for_backward` takes of activations; no record in backward unless for a second derivative.
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool
-    ) -> Tensor:
-        """``h`` mixed, or the transpose of that map."""
-        ctx.save_for_backward(lam, partners)
-        ctx.dim, ctx.transposed, ctx.permutation = dim, transposed, permutation
-        return interpolate(h, lam, partners, dim, transposed, permutation)
+    def forward(ctx: Any, h: Tensor, how: tuple[Tensor, Tensor, int, bool, bool]) -> Tensor:
+        """``interpolate(h, *how)``."""
+        ctx.how = how
+        return interpolate(h, *how)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """The transpose of what forward was."""
-        # Recorded only for a second derivative: recording costs several times what mixing a small state does.
-        lam, partners = ctx.saved_tensors
-        mix = Interpolate.apply if torch.is_grad_enabled() else interpolate
-        return mix(gradient, lam, partners, ctx.dim, not ctx.transposed, ctx.permutation), None, None, None, None, None
+        lam, partners, dim, transposed, permutation = ctx.how
+        how = (lam, partners, dim, not transposed, permutation)
+        return Interpolate.apply(gradient, how) if torch.is_grad_enabled() else interpolate(gradient, *how), None
 
 
 def interpolate(

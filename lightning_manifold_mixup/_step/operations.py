@@ -101,33 +101,52 @@ def _display(name: str, func: Function, args: Any, kwargs: Any, superposition: S
 
 
 def _gradient(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """``torch.autograd.grad``: the first of the two calls must leave the graph for the second one."""
-    first = func(*_under(args, _first), **_under({**kwargs, "retain_graph": True}, _first))
-    second = func(*_under(args, _second), **_under(kwargs, _second))
-    note_use(superposition, (first, second))
-    superposition.used = True
-    return paired(first, second, superposition)
+    """``torch.autograd.grad``: of the mixed loss; of both where the result is to be differentiated again."""
+    if kwargs.get("create_graph"):
+        return _on_both(name, func, args, kwargs, superposition)
+    return func(*_under(args, _shown), **_under(kwargs, _shown))
 
 
 def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """A write into a value in superposition is done for both labellings.
+    """A write is done for both labellings; the tensor that is written into is in superposition from then on.
 
-    Into any other tensor it is refused, and so it is into parts of one: other names of the same memory (views, a
-    user's buffer) would not know of it.
+    It is refused where other tensors share the memory (views, a row of a user's table): they would not know of it.
     """
     target, *others = args
-    inside = isinstance(target, _Superposed) and not (target._first._is_view() or target._second._is_view())
-    if not inside or name.startswith("set ") or name in _HOOKS:
+    inside = isinstance(target, _Superposed)
+    # A value in superposition is itself a second name of the memory of its first part.
+    parts = ((target._first, 2), (target._second, 1)) if inside else ((target, 1),)
+    shared = any(part._is_view() or _is_shared(part, names) for part, names in parts)
+    if shared or name.startswith("set ") or name in _HOOKS:
         raise SuperpositionError(
-            f"`{name}` writes what depends on the labels into a tensor that can hold one value. {REMEDY}"
+            f"`{name}` writes what depends on the labels into memory that other tensors share. {REMEDY}"
         )
+    read = list(tensors((others, kwargs)))
+    averaged = any(isinstance(t, _Superposed) and t._averaged for t in read)
+    if not inside:
+        first, second = target.clone(), target.clone()
+        func(target, *_under(others, _first), **_under(kwargs, _first))
+        superposition.adopt(target, first, second)
     func(target._first, *_under(others, _first), **_under(kwargs, _first))
     func(target._second, *_under(others, _second), **_under(kwargs, _second))
     recorded = note_use(superposition, (target._first, target._second))
-    read = [t for t in tensors((others, kwargs)) if isinstance(t, Tensor)]
     target._steady = target._steady and all(isinstance(t, _Superposed) and t._steady for t in read)
-    target._averaged = target._averaged or recorded
+    target._averaged = target._averaged or ((recorded or averaged) and target.is_floating_point())
     return None if name == "__setitem__" else target
+
+
+def _is_shared(tensor: Tensor, names: int) -> bool:
+    """Whether more tensors than the ``names`` that we know of hold the same memory."""
+    if torch.compiler.is_compiling():
+        return False
+    alone = torch.empty(0)
+    return _holders(tensor) > _holders(alone) + names - 1
+
+
+def _holders(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    return holders
 
 
 def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
@@ -137,7 +156,7 @@ def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: 
 
 def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """As NLL of log-probabilities, which are the same for both labellings: the largest tensors are made once."""
-    if superposition.weight.ndim:
+    if superposition.lam.ndim:
         return _per_sample(name, func, args, kwargs, superposition)
     if len(args) == 2:
         logits, target = args
@@ -156,7 +175,7 @@ def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposit
 
 def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Losses of samples, each with a lam of its own: weighted before they are summed up."""
-    if not superposition.weight.ndim:
+    if not superposition.lam.ndim:
         return _on_both(name, func, args, kwargs, superposition)
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -166,11 +185,12 @@ def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition
         return _on_both(name, func, args, kwargs, superposition)
     arguments["reduction"] = "none"
     results = []
-    mean = superposition.reduced.weight
-    for pick, weight in ((_first, superposition.weight / mean), (_second, (1 - superposition.weight) / (1 - mean))):
+    lam, mean = superposition.lam.double(), superposition.reduced.lam
+    for pick, weight in ((_labels, lam / mean), (_partners, (1 - lam) / (1 - mean))):
         under = _under(dict(arguments), pick)
         losses = func(**under)
-        total = (losses * weight.reshape(weight.shape + (1,) * (losses.ndim - 1)).to(losses)).sum()
+        share = weight.to(losses.dtype).reshape(weight.shape + (1,) * (losses.ndim - 1))
+        total = (losses * share).sum()
         results.append(total / _count(under, losses) if reduction == "mean" else total)
     note_use(superposition, results)
     first, second = results
@@ -193,14 +213,14 @@ def _count(arguments: dict[str, Any], losses: Tensor) -> Tensor | int:
 _VALUES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
 # Finite or not: that differs between two labellings only where training is lost anyway.
 _STEADY = {"isnan", "isinf", "isfinite"}
-_DECISIONS = {"__bool__", "is_nonzero", "equal", "allclose", "__index__", "__contains__"}
+_DECISIONS = {"__bool__", "is_nonzero", "__index__", "__contains__"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "set_"}
 _AUGMENTED = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("__hash__", "data_ptr", "untyped_storage", "storage", "_is_view", "is_complex"), _of_the_object),
     **dict.fromkeys(("item", "tolist", "numpy", "__array__", "__float__", "__int__", "__complex__"), _read),
-    **dict.fromkeys(_DECISIONS, _read),
+    **dict.fromkeys(("equal", "allclose", *_DECISIONS), _read),
     **dict.fromkeys(("__format__", "__repr__", "__str__"), _display),
     **dict.fromkeys(("nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"), _per_sample),
     **dict.fromkeys(_HOOKS, _write),
@@ -220,6 +240,14 @@ def _first(value: Tensor) -> Tensor:
 
 def _second(value: Tensor) -> Tensor:
     return value._second if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+
+
+def _labels(value: Tensor) -> Tensor:
+    return value.labels if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+
+
+def _partners(value: Tensor) -> Tensor:
+    return value.partners if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
 
 
 def _closed(value: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.criteria import CriterionHooks, plain_metrics
+from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.ghost import (
     Backwards,
     ghost_of,
@@ -33,7 +33,6 @@ from lightning_manifold_mixup._step.ghost import (
 )
 from lightning_manifold_mixup._step.step import Call, How, Site, loss_of
 from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, SuperpositionError, plain
-from lightning_manifold_mixup.layers import named_layers
 from lightning_manifold_mixup.mixing import Mix
 
 # How many modules before the loss have their gradients compared: heads.
@@ -88,15 +87,13 @@ class Trials:
     Attributes:
         module: the LightningModule, which stays as it is.
         call: what its training step was called with.
-        criteria: names of the criterion modules.
-        unfit: names among them that turned out to be none.
-        fired: names among them that were handed labels in superposition.
+        unfit: names of modules that were taken for criteria, and are none.
+        fired: names of the criteria, modules that were handed labels in superposition.
         superposed: whether any run had labels in superposition.
     """
 
     module: Any
     call: Call
-    criteria: list[str]
     unfit: set[str] = field(default_factory=set)
     fired: set[str] = field(default_factory=set)
     superposed: bool = False
@@ -148,7 +145,7 @@ class Trials:
                     batch = batches.replaced(batch, key, batches.get(batch, key)[labels[0].partners])
                 if states:
                     site.hook(ghost, states, stack, in_eval=not train)
-            hooks = self._criteria(ghost, stack) if superposition is not None else {}
+            hooks = criterion_hooks(ghost, without=self.unfit)
             heads = _Heads(ghost, stack)
             if around is not None:
                 around(ghost, stack)
@@ -162,10 +159,6 @@ class Trials:
         self.unfit |= {name for name, hook in hooks.items() if hook.unfit}
         self.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
         return outcome
-
-    def _criteria(self, ghost: nn.Module, stack: ExitStack) -> dict[str, CriterionHooks]:
-        named = named_layers(ghost)
-        return {name: CriterionHooks().register(named[name], stack) for name in self.criteria if name not in self.unfit}
 
     @property
     def _device(self) -> str:

@@ -105,6 +105,8 @@ class Site:
             permuted: whether attention masks follow the partners. They are the union of both otherwise: what a mixed
                 state holds of a partner must be seen.
         """
+        if self.layer == INPUT and inputs:
+            self.places.require_inputs()
         values: dict[Any, Any] = {}
         for number, group in enumerate(self.places.groups):
             if labels:
@@ -223,7 +225,7 @@ class Step:
                 f"{self.where} under manual optimization a training step cannot run once for each labelling. Compute "
                 "the loss with `mixed_loss(function, logits, y)` or in a criterion module (nn.Module)."
             )
-        if self.superposition.weight.ndim:
+        if self.superposition.lam.ndim:
             raise MixingError(
                 f"{self.where} lam has one value for each sample, and the training step runs once for each labelling: "
                 "its loss has been summed up without their lam. Draw one lam for the batch, or take the loss of each "

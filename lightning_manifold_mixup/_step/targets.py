@@ -39,7 +39,7 @@ class Superposition:
     """What all values that descend from one draw share.
 
     Attributes:
-        weight: of the dominant labelling, at least 1/2; 0-d, or (n,) if each sample has a lam of its own.
+        lam: weight of the original labelling; 0-d, or (n,) if each sample has a lam of its own.
         swapped: whether the dominant labels are those of the partners; a bool tensor where only the device knows.
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
@@ -48,10 +48,10 @@ class Superposition:
     """
 
     def __init__(self, lam: Tensor) -> None:
+        self.lam = lam
         # The host knows lam without asking a device wherever it was drawn.
         on_host = lam.device.type == "cpu" and lam.ndim == 0
         self.swapped: bool | Tensor = bool(lam < 0.5) if on_host else lam < 0.5
-        self.weight = torch.where(lam < 0.5, 1 - lam, lam)
         self.used = False
         self.holds_labels = False
         self.open = True
@@ -60,18 +60,23 @@ class Superposition:
         self._reduced: Superposition | None = None
 
     def to(self, device: torch.device) -> Self:
-        """The same, with its weight on the device; the copy does not wait for the device."""
-        if device.type != "cpu" and self.weight.device != device:
-            self.weight = self.weight.pin_memory().to(device, non_blocking=True)
+        """The same, with lam on the device; the copy does not wait for the device."""
+        if device.type != "cpu" and self.lam.device != device:
+            self.lam = self.lam.pin_memory().to(device, non_blocking=True)
             if isinstance(self.swapped, Tensor):
                 self.swapped = self.swapped.pin_memory().to(device, non_blocking=True)
         return self
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of the dominant labelling and of the other."""
+        lam = self.lam.to(dtype)
+        return self.ordered(lam, 1 - lam)
 
     @property
     def reduced(self) -> Superposition:
         """For losses of samples that have been summed up with weights of their own: one weight, the mean."""
         if self._reduced is None:
-            self._reduced = Superposition(self.weight.mean())
+            self._reduced = Superposition(self.lam.double().mean())
             self._reduced.swapped = False
         return self._reduced
 
@@ -90,20 +95,27 @@ class Superposition:
         )
         return superposed
 
+    def adopt(self, tensor: Tensor, first: Tensor, second: Tensor) -> None:
+        """Puts a plain tensor into superposition, because labels are written into it."""
+        tensor.__class__ = MixedValue if tensor.is_floating_point() or tensor.is_complex() else MixedTarget
+        _Superposed._fill(tensor, first, second, self, steady=False, averaged=False)
+
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """The mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
-        weight = self.weight
-        if weight.ndim:
-            if first.shape[:1] != weight.shape:
-                raise MixingError(
-                    f"lam has one value for each of {len(weight)} samples, but the loss has shape {tuple(first.shape)}:"
-                    " its samples have been summed up without their lam. Take the loss of each sample "
-                    "(`reduction='none'`), use cross entropy, NLL or BCE from torch.nn.functional, which take care of "
-                    "it, or draw one lam for the batch."
-                )
-            weight = weight.reshape(weight.shape + (1,) * (first.ndim - 1))
-        dtype = torch.promote_types(first.dtype, weight.dtype)
-        return (weight * first.to(dtype) + (1 - weight) * second.to(dtype)).to(first.dtype)
+        lam = self.lam
+        if lam.ndim and first.shape[:1] != lam.shape:
+            raise MixingError(
+                f"lam has one value for each of {len(lam)} samples, but the loss has shape {tuple(first.shape)}: its "
+                "samples have been summed up without their lam. Take the loss of each sample (`reduction='none'`), use "
+                "cross entropy, NLL or BCE from torch.nn.functional, which take care of it, or draw one lam for the "
+                "batch."
+            )
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        one, other = self.weights(dtype)
+        if lam.ndim:
+            shape = lam.shape + (1,) * (first.ndim - 1)
+            one, other = one.reshape(shape), other.reshape(shape)
+        return (one * first.to(dtype) + other * second.to(dtype)).to(first.dtype)
 
     def close(self) -> None:
         """Ends the superposition: tensors that somebody has kept are plain from now on, and hold the value shown."""
@@ -113,9 +125,9 @@ class Superposition:
         for reference in self._alive:
             if (tensor := reference()) is not None:
                 with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-                    shown = _shown(tensor).detach()
+                    shown = _shown(tensor).detach() if tensor._averaged else None  # type: ignore[attr-defined]
                     tensor.__class__ = Tensor
-                    if shown.data_ptr() != tensor.data_ptr():
+                    if shown is not None:
                         tensor.data = shown
                     for name in _Superposed.__annotations__:
                         delattr(tensor, name)
@@ -134,6 +146,12 @@ class _Superposed(Tensor):
     @staticmethod
     def _of(first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool) -> Any:
         new = first.as_subclass(MixedValue if first.is_floating_point() or first.is_complex() else MixedTarget)
+        return _Superposed._fill(new, first, second, superposition, steady, averaged)
+
+    @staticmethod
+    def _fill(
+        new: Any, first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool
+    ) -> Any:
         new._first, new._second, new._superposition = first, second, superposition
         new._steady, new._averaged = steady, averaged
         if not torch.compiler.is_compiling():
@@ -163,11 +181,7 @@ class _Superposed(Tensor):
     @property
     def lam(self) -> Tensor:
         """Weight of the original labelling, a 0-d or (n,) tensor."""
-        weight, swapped = self._superposition.weight, self._superposition.swapped
-        with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(swapped, bool):
-                return 1 - weight if swapped else weight
-            return torch.where(swapped, 1 - weight, weight)
+        return self._superposition.lam
 
     @property
     def shown(self) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup.evaluation.extras import require
 
@@ -143,18 +144,24 @@ class EvaluationCallback(Callback, ABC):
     Args:
         seed: of the callback's own generator; the same numbers are drawn in every run of the loop.
         dirname: where the files go; the logger's directory if None.
-        input_key: where the images are in a batch: an index, or a key if batches are dicts.
-        target_key: where the class indices are in a batch.
+        input_key: where the images are in a batch: an index or a name, with dots for nested batches (`"labelled.0"`).
+            None finds them, as `ManifoldMixupCallback` does.
+        target_key: where the class indices are, likewise.
     """
 
     family: ClassVar[str]
 
     def __init__(
-        self, seed: int = 0, dirname: str | None = None, input_key: int | str = 0, target_key: int | str = 1
+        self,
+        seed: int = 0,
+        dirname: str | None = None,
+        input_key: int | str | None = None,
+        target_key: int | str | None = None,
     ) -> None:
         self.seed = seed
         self.dirname = dirname
         self.input_key, self.target_key = input_key, target_key
+        self._keys = Keys(input_key, target_key)
         self.means: dict[str, MeanMetric] = {}
         self.rows: list[Row] = []
         self.generator = torch.Generator()
@@ -220,7 +227,8 @@ class EvaluationCallback(Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         if self.should_evaluate(trainer) and dataloader_idx == 0:
-            images, target = self._entry(batch, self.input_key), self._entry(batch, self.target_key)
+            places = self._keys.locate(batch)
+            images, target = places.of(batch, places.require_inputs()[0]), places.of(batch, places.targets[0])
             with trainer.precision_plugin.forward_context():
                 self.update(pl_module, images, target)
 
@@ -249,13 +257,3 @@ class EvaluationCallback(Callback, ABC):
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
-
-    def _entry(self, batch: Any, key: int | str) -> Tensor:
-        try:
-            return batch[key]  # type: ignore[no-any-return]
-        except (KeyError, IndexError, TypeError):
-            keys = list(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
-            raise KeyError(
-                f"{type(self).__name__} looked for {key!r} in a batch and found {keys}: "
-                "pass `input_key` and `target_key`"
-            ) from None
