@@ -40,14 +40,16 @@ def main(folder, epochs, checkpoint=None):
     module, callback = Classifier(network()), ManifoldMixupCallback(layers=LAYERS, seed=3)
     draws, saves = Draws(callback), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     t = trainer(
-        callback, draws, saves, strategy=DDPStrategy(process_group_backend="gloo"), devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        callback, draws, saves, strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         accumulate_grad_batches=ACCUMULATE, max_epochs=int(epochs), use_distributed_sampler=False,
         enable_checkpointing=True,
     )  # fmt: skip
     t.fit(module, DataLoader(data(), batch_sampler=batches_of(t.global_rank)), ckpt_path=checkpoint)
     assert_untouched(module)
     result = {"drawn": draws.drawn, "losses": module.losses, "weights": weights_of(module.model)}
-    torch.save(result | {"world_size": t.world_size}, f"{folder}/{t.global_rank}.pt")
+    about = {"world_size": t.world_size, "first_epoch": 0 if checkpoint is None else 1}
+    torch.save(result | about, f"{folder}/{t.global_rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup._step.host import Callback
+from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.evaluation.extras import require
 
 if TYPE_CHECKING:
