@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers
 from lightning_manifold_mixup import semi_supervised as semi
-from lightning_manifold_mixup.cli.compare import Prepared
+from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
 from lightning_manifold_mixup.semi_supervised import (
     SemiSupervisedManifoldMixupModule,

@@ -7,75 +7,55 @@ whose file is there is not repeated, so that an interrupted comparison goes on w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
-import time
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import yaml  # type: ignore[import-untyped]
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from typing_extensions import override
 
-from lightning_manifold_mixup.callback import ManifoldMixupCallback
-from lightning_manifold_mixup.cli.app import PROGRAM, ManifoldMixupCLI, UsageError, class_of, console
-from lightning_manifold_mixup.evaluation import write_report
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup.cli.runs import LABELS, LAST, Result, Run, train, version, write
+from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
+from lightning_manifold_mixup.evaluation import mean_and_std, plus_minus, print_table, write_report
 from lightning_manifold_mixup.paper import recipes
+from lightning_manifold_mixup.paper.quiet import quiet_lightning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELS = {"none": "no mixup", "input": "input mixup", "manifold": "Manifold Mixup"}
 NUMBERS = {
     "test/error": "error %",
     "test/teacher_error": "teacher's error %",
     "test/nll": "NLL",
     "test/ece": "ECE %",
+    "test/rmse": "RMSE",
+    "test/iou": "IoU %",
+    # of a CalibrationCallback in the recipe
+    "test_calibration/data_scaled_nll": "NLL, scaled",
+    "test_calibration/data_scaled_ece": "ECE %, scaled",
+    "test_calibration/data_scaled_brier": "Brier, scaled",
+    "test_calibration/noise_auroc": "AUROC %, noise",
+    "test_calibration/other_data_auroc": "AUROC %, other data",
 }
-"""The metrics that are compared, and what they are called."""
-
-LAST, BEST = "last epoch", "best val epoch"
-
-_PERCENT = ("test/error", "test/teacher_error", "test/ece")
-_ALPHAS = ("alpha", "alpha_labelled", "alpha_unlabelled")
-_NO_MATTER = (
-    "default_root_dir",
-    "enable_checkpointing",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "log_every_n_steps",
-    "logger",
-)
-"""Options of the Trainer that change no number."""
-
-Result = dict[str, Any]
+"""The metrics that are compared, and what they are called; with a % they are shares."""
 
 
+@quiet_lightning(logging.WARNING)  # without device, seed and end of each training
 def main(args: Sequence[str]) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
-        args: what follows ``manifold-mixup compare``.
+        args: what follows `manifold-mixup compare`.
     """
     options, overrides = _parser().parse_known_args(args)
     methods, seeds = _methods(options.methods), _seeds(options.seeds)
-    require("matplotlib", "cli")  # missed now rather than after an hour of training
-    for name in ("lightning.pytorch", "lightning.fabric"):  # device, seed, end of training: nine times over
-        logging.getLogger(name).setLevel(logging.WARNING)
+    require("matplotlib", "cli")  # if it is missing, better now than after an hour of training
     out = Path(options.out)
     runs = [
         Run(recipe, method, seed, tuple(overrides), out)
@@ -100,122 +80,15 @@ def main(args: Sequence[str]) -> None:
 
 @rank_zero_only
 def report(results: Sequence[Result], out: Path) -> None:
-    """Prints the table, and writes ``compare.csv``, ``compare.json`` and ``compare.png`` into a folder."""
+    """Print the table, and write `compare.csv`, `compare.json` and `compare.png` into a folder."""
     rows = summary(results)
-    print_table(rows)
+    print_summary(rows)
     files = write_report(rows, out / "compare", plot(results), runs=list(results))
     print("Written: " + ", ".join(str(file) for file in files))
 
 
-# --------------------------------------------------------------------------------------------------------------- a run
-
-
-class Prepared(ManifoldMixupCLI):
-    """A parsed configuration, of which nothing has been made yet."""
-
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        for name in ("--ckpt_path", "--weights_only"):  # in the files that `fit --print_config` writes
-            parser.add_argument(name, default=None)
-
-    @override
-    def instantiate_classes(self) -> None:
-        pass
-
-    def make(self) -> None:
-        """Makes trainer, model and data, from the seed on."""
-        seed_everything(self.config.seed_everything, workers=True, verbose=False)
-        super().instantiate_classes()
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of one method with one seed.
-
-    Args:
-        recipe: name or file, as :func:`lightning_manifold_mixup.paper.recipes.layers_of` takes it.
-        method: ``"none"``, ``"input"`` or ``"manifold"``.
-        seed: for ``seed_everything``.
-        overrides: further options of the command line, for all runs; ``{seed}`` in them stands for the seed.
-        out: folder of the comparison.
-    """
-
-    recipe: str
-    method: str
-    seed: int
-    overrides: tuple[str, ...]
-    out: Path
-
-    @property
-    def label(self) -> str:
-        """The recipe's name without folder, suffix and method."""
-        label = "+".join(Path(part).name.removesuffix(".yaml") for part in self.recipe.split("+"))
-        return recipes.with_method(label, "").replace("--", "-").rstrip("-") if recipes.is_row(label) else label
-
-    @property
-    def title(self) -> str:
-        """For messages."""
-        return f"{self.label}, {LABELS[self.method]}, seed {self.seed}"
-
-    def prepare(self) -> Prepared:
-        """Parses the recipe and sets method and seed."""
-        name = self.recipe
-        if recipes.is_row(name):  # the paper's rows say themselves what each method is there
-            name = recipes.with_method(name, self.method)
-        overrides = [option.replace("{seed}", str(self.seed)) for option in self.overrides]
-        cli = Prepared(["--config", name, *overrides], run=False)
-        if not recipes.is_row(name):
-            set_method(cli.config, self.method)
-        cli.config.seed_everything = self.seed
-        cli.config.trainer.logger = False
-        return cli
-
-    def key(self, cli: Prepared) -> str:
-        """What the numbers depend on, in eight letters: the whole configuration, and the version of this package."""
-        config = yaml.safe_load(cli.parser.dump(cli.config))
-        for name in _NO_MATTER:
-            config["trainer"].pop(name, None)
-        text = json.dumps([_version(), config], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-    def folder(self, key: str) -> Path:
-        """Where the run's files are."""
-        return self.out / "runs" / f"{self.label}-{self.method}-seed{self.seed}-{key}"
-
-
-def set_method(config: Any, method: str) -> None:
-    """Turns a parsed configuration with Manifold Mixup into that of another method.
-
-    Args:
-        config: with a :class:`~lightning_manifold_mixup.ManifoldMixupCallback` among the Trainer's callbacks, or a
-            model that has ``alpha`` (or ``alpha_labelled`` and ``alpha_unlabelled``) and ``layers``, as the modules of
-            this package have.
-            Changed in place.
-        method: ``"none"``: no mixing. ``"input"``: alpha 1 at the input. ``"manifold"``: as the configuration has it.
-
-    Raises:
-        UsageError: if the configuration has no Manifold Mixup.
-    """
-    callbacks = config.trainer.callbacks or []
-    found = [c for c in callbacks if class_of(c.class_path, Callback) is ManifoldMixupCallback]
-    place = found[0].init_args if found else config.model.get("init_args")
-    alphas = [name for name in _ALPHAS if place is not None and name in place]
-    if not alphas or "layers" not in place or not any(place[name] for name in alphas):
-        raise UsageError(
-            "Nothing to compare: the recipe has no Manifold Mixup. Give it a ManifoldMixupModule, or a "
-            "ManifoldMixupCallback in trainer.callbacks, with alpha above 0."
-        )
-    if method == "manifold":
-        return
-    for name in alphas:
-        place[name] = 0.0 if method == "none" else 1.0
-    if method == "input":
-        place.layers = ["input"]
-
-
 def _finish(run: Run, title: str) -> Result:
-    """The result of a run, from its file or by running it."""
+    """Return the result of a run, from its file or by training."""
     cli = run.prepare()
     key = run.key(cli)
     file = run.folder(key) / "result.json"
@@ -224,103 +97,25 @@ def _finish(run: Run, title: str) -> Result:
         _say(f"{title}: done before, {_numbers(result)}")
         return result
     _say(f"{title}: running")
-    result = {"recipe": run.label, "method": run.method, "seed": run.seed, "key": key, "version": _version()}
+    result = {"recipe": run.label, "method": run.method, "seed": run.seed, "key": key, "version": version()}
     result |= train(cli, run.folder(key))
-    _write(file, json.dumps(result, indent=1))
+    write(file, json.dumps(result, indent=1))
     _say(f"{title}: {_numbers(result)}, {result['seconds']:.0f} s")
     return result
-
-
-def train(cli: Prepared, folder: Path) -> Result:
-    """Trains and tests a configuration.
-
-    Args:
-        cli: the configuration.
-        folder: for its logs, its configuration (``config.yaml``) and the trained weights (``last.ckpt``).
-
-    Returns:
-        Test metrics after the last epoch and, if there was a validation with an error or loss, after the epoch that was
-        best there; the validation metrics of each epoch; seconds of training, and of all.
-    """
-    started = time.perf_counter()
-    _clear(folder)
-    trainer_config = cli.config.trainer
-    trainer_config.default_root_dir = str(folder)
-    trainer_config.enable_progress_bar = sys.stdout.isatty()
-    trainer_config.enable_model_summary = False
-    if not any("Checkpoint" in c.class_path for c in trainer_config.callbacks or []):
-        trainer_config.enable_checkpointing = False
-    cli.save_config_callback = None
-    cli.make()
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    trainer.logger = CSVLogger(folder, name="log", version="", flush_logs_every_n_steps=1000)
-    history = History()
-    trainer.callbacks.append(history)  # type: ignore[attr-defined]
-    _write(folder / "config.yaml", cli.parser.dump(cli.config))
-
-    begun = time.perf_counter()
-    trainer.fit(model, datamodule=data)
-    seconds = time.perf_counter() - begun
-    metrics = {LAST: _test(trainer, model, data)}
-    trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
-    if history.best_state is not None:
-        model.load_state_dict(history.best_state)
-        metrics[BEST] = _test(trainer, model, data)
-    return {
-        "metrics": metrics,
-        "best_epoch": history.best_epoch,
-        "validation": history.epochs,
-        "epochs": trainer.current_epoch,
-        "seconds": seconds,
-        "seconds_in_all": time.perf_counter() - started,
-        "torch": torch.__version__,
-    }
-
-
-class History(Callback):
-    """Validation metrics of every epoch, and the weights of the best one.
-
-    Attributes:
-        epochs: the metrics, by epoch.
-        best_epoch: the one with the lowest ``val/error`` (or ``val/loss``, or ``val_loss``); None without validation.
-        best_state: the module's state then.
-    """
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []
-        self.best_epoch: int | None = None
-        self.best_state: dict[str, Any] | None = None
-        self._lowest = math.inf
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-        self.epochs.append({"epoch": trainer.current_epoch, **metrics})
-        value = next((metrics[k] for k in ("val/error", "val/loss", "val_loss") if k in metrics), None)
-        if value is not None and value < self._lowest:
-            self._lowest, self.best_epoch = value, trainer.current_epoch
-            self.best_state = deepcopy(pl_module.state_dict())
-
-
-def _test(trainer: Trainer, model: LightningModule, data: Any) -> dict[str, float]:
-    trainer.test(model, datamodule=data, verbose=False)
-    return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
 # --------------------------------------------------------------------------------------------------- table and picture
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Mean and standard deviation (of the sample) over the seeds.
+    """Average results over the seeds.
 
     Args:
         results: of runs.
 
     Returns:
-        A row for each recipe, method and epoch at which the test set was evaluated; errors in percent, None for what
-        was not measured.
+        A row for each recipe, method and epoch at which the test set was evaluated: means, and standard deviations (of
+        the sample) in columns that end in ` std`. Errors are in percent; what was not measured is None.
     """
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
@@ -336,12 +131,9 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         for metric in _compared(results):
             name = NUMBERS.get(metric, metric)
             row[name] = row[f"{name} std"] = None
-            if any(
-                metric in result["metrics"][epoch] for result in group
-            ):  # the error of a teacher, where there is one
+            if any(metric in result["metrics"][epoch] for result in group):  # not all methods have a teacher
                 values = [value_of(result, metric, epoch) for result in group]
-                row[name] = float(np.mean(values))
-                row[f"{name} std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                row[name], row[f"{name} std"] = mean_and_std(values)
         row["seconds a run"] = float(np.mean([result["seconds"] for result in group]))
         row["seeds"] = len(group)
         rows.append(row)
@@ -349,36 +141,39 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def value_of(result: Result, metric: str, epoch: str = LAST) -> float:
-    """One test metric of a result, errors in percent."""
+    """Read one test metric of a result, shares in percent; NaN if it is missing."""
     value: float = result["metrics"][epoch].get(metric, math.nan)
-    return 100 * value if metric in _PERCENT else value
+    return 100 * value if "%" in NUMBERS.get(metric, "") else value
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows of :func:`summary`."""
-    numbers = [name for name in rows[0] if f"{name} std" in rows[0]]
-    texts = ["recipe", "method", "tested after"]
-    table = require("rich.table", "cli").Table(title="Test set, mean ± standard deviation over the seeds")
-    for name in texts:
-        table.add_column(name, overflow="fold")  # of a name in a narrow terminal no letter is lost
-    for name in [*numbers, "seconds a run", "seeds"]:
-        table.add_column(name, justify="right")
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        cells = [_spread(row[name], row[f"{name} std"]) for name in numbers]
-        end = following is None or following["recipe"] != row["recipe"]
-        table.add_row(
-            *(row[name] for name in texts), *cells, f"{row['seconds a run']:.0f}", str(row["seeds"]), end_section=end
-        )
-    console().print(table)
+def print_summary(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows of `summary`, each mean beside its standard deviation."""
+    table = [
+        {
+            name: plus_minus(value, row[f"{name} std"]) if f"{name} std" in row else value
+            for name, value in row.items()
+            if not name.endswith(" std")
+        }
+        | {"seconds a run": f"{row['seconds a run']:.0f}"}
+        for row in rows
+    ]
+    print_table(table, "Test set, mean ± standard deviation over the seeds", section=itemgetter("recipe"))
 
 
 def plot(results: Sequence[Result]) -> Figure:
-    """Bars for means, dots for seeds: a row of panels for each recipe, or a bar for each if there is but one method."""
+    """Draw means as bars and seeds as dots.
+
+    Args:
+        results: of runs.
+
+    Returns:
+        A figure with a row of panels for each recipe; if there is only one method, with a bar for each recipe instead.
+    """
     figures = require("matplotlib.figure", "cli")
     names = list(dict.fromkeys(result["recipe"] for result in results))
     methods = [method for method in LABELS if any(result["method"] == method for result in results)]
     metrics = _compared(results)
-    colours = dict(zip(LABELS, ("#8c8c8c", "#e69f00", "#0072b2"), strict=True))
+    colours = dict(zip(LABELS, ("#8c8c8c", "#e69f00", "#0072b2", "#009e73"), strict=True))
     bars = {
         name: [
             (LABELS[method], colours[method], [r for r in results if r["recipe"] == name and r["method"] == method])
@@ -416,17 +211,10 @@ def plot(results: Sequence[Result]) -> Figure:
 
 
 def _compared(results: Sequence[Result]) -> list[str]:
-    """The metrics to compare: error, NLL and ECE; for modules that log none of these, whatever they log in testing."""
+    """Name the metrics to compare: error, NLL and ECE; if a module logs none of these, all that it logs in testing."""
     there = dict.fromkeys(key for result in results for key in result["metrics"][LAST])
     known = [metric for metric in NUMBERS if metric in there]
     return known or [metric for metric in there if metric.startswith("test")]
-
-
-def _spread(mean: float | None, deviation: float | None) -> str:
-    if mean is None:
-        return ""
-    digits = 2 if abs(mean) >= 1 else 3
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def _numbers(result: Result) -> str:
@@ -450,10 +238,12 @@ def _parser() -> argparse.ArgumentParser:
         help="name of a recipe, or a file; repeat it to compare on several; A+B lays B over A (default: digits)",
     )  # fmt: skip
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas between (default: 0,1,2)")
-    parser.add_argument("--methods", default=",".join(LABELS), help=f"some of {','.join(LABELS)} (default: all)")
     parser.add_argument(
-        "--out", default="manifold_mixup_runs/compare", help="folder for results (default: %(default)s)"
+        "--methods",
+        default=",".join(recipes.METHODS),
+        help=f"some of {','.join(LABELS)}; the last adds the loss of the unmixed batch (default: %(default)s)",
     )
+    parser.add_argument("--out", default=f"{RUNS}/compare", help="folder for results (default: %(default)s)")
     return parser
 
 
@@ -475,24 +265,3 @@ def _seeds(text: str) -> list[int]:
 @rank_zero_only
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-@rank_zero_only
-def _write(file: Path, text: str) -> None:
-    """Writes a file at once: it is there in full or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-@rank_zero_only
-def _clear(folder: Path) -> None:
-    """Removes what an interrupted run has left."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _version() -> str:
-    from lightning_manifold_mixup import __version__
-
-    return __version__

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import print_table, write_report
+from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS
+from lightning_manifold_mixup.evaluation import print_table, write_report
 
 FIGURES = {
     "spirals": "Figure 1: decision boundary, hidden states and singular values of seven ways to train",
@@ -19,13 +20,13 @@ FIGURES = {
 
 
 def main(args: Sequence[str]) -> None:
-    """Trains, prints a table, and writes `NAME.png`, `NAME.csv` and `NAME.json`.
+    """Train, print a table, and write `NAME.png`, `NAME.csv` and `NAME.json`.
 
     Args:
-        args: what follows ``manifold-mixup figure``.
+        args: what follows `manifold-mixup figure`.
     """
     parser = argparse.ArgumentParser(
-        prog="manifold-mixup figure", description="Draw one of the paper's figures: train, measure, plot."
+        prog=f"{PROGRAM} figure", description="Draw one of the paper's figures: train, measure, plot."
     )
     names = parser.add_subparsers(dest="figure", metavar="FIGURE", required=True)
     for name, text in FIGURES.items():
@@ -38,11 +39,9 @@ def main(args: Sequence[str]) -> None:
         options.add_argument(
             "--epochs", type=_positive, default=module.EPOCHS, help="of each training (default: %(default)s)"
         )
-        options.add_argument(
-            "--out", type=Path, default=Path("manifold_mixup_runs"), help="folder of the files (default: %(default)s)"
-        )
+        options.add_argument("--out", type=Path, default=Path(RUNS), help="folder of the files (default: %(default)s)")
     chosen = parser.parse_args(args)
-    for package in ("matplotlib", "rich", "sklearn"):  # missed now rather than after the training
+    for package in ("matplotlib", "rich", "sklearn"):  # if it is missing, better now than after the training
         require(package, "cli")
 
     report = import_module(f"lightning_manifold_mixup.paper.figures.{chosen.figure}").make(chosen.epochs, chosen.seeds)

@@ -10,33 +10,34 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.keys import Keys
-from lightning_manifold_mixup.cli.app import PROGRAM, UsageError, asked_for, class_of, console
-from lightning_manifold_mixup.cli.compare import Prepared
+from lightning_manifold_mixup.cli.request import asked_for, class_of, value
+from lightning_manifold_mixup.cli.terminal import PROGRAM, UsageError
+from lightning_manifold_mixup.cli.training import Parser, Prepared
+from lightning_manifold_mixup.evaluation import console
 from lightning_manifold_mixup.layers import LayerReport, eligible_layers, has_forward
+from lightning_manifold_mixup.paper.quiet import quiet_lightning
 
 _SAMPLES = 5
-"""Of the example batch: no usual size of another dimension."""
+"""Size of the example batch. Other dimensions rarely have this size, so the batch dimension is clear."""
 
 
+@quiet_lightning(logging.WARNING)
 def main(args: Sequence[str]) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
-        args: what follows ``manifold-mixup layers``.
+        args: what follows `manifold-mixup layers`.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     options, rest = _parser().parse_known_args(args)
     shape = None if options.input_shape is None else _shape(options.input_shape)
     config = ["--config", options.config] if options.config else []
-    path = asked_for(rest).get("model", {}).get("class_path")
+    path = value(asked_for(rest), "model.class_path")
     target = class_of(path, nn.Module)
     if path is not None and target is None:
         raise UsageError(f"There is no class or function {path!r} (--model.class_path), or it cannot be imported.")
@@ -69,7 +70,7 @@ def _observed(model: nn.Module, inputs: Any) -> LayerReport:
 
 
 def _from_recipe(args: list[str], shape: tuple[int, ...] | None) -> tuple[nn.Module, Any]:
-    """The LightningModule of a configuration, and an input: of the given shape, or from its first training batch."""
+    """Make the LightningModule of a configuration, and an input: of the given shape, or of its first training batch."""
     cli = Prepared(args, run=False)
     cli.config.trainer.logger = False
     cli.config.trainer.accelerator = "cpu"
@@ -95,10 +96,10 @@ def _input_of(batch: Any) -> Any:
 
 
 def _bare(args: list[str]) -> nn.Module:
-    """Any network: ``--model.class_path`` of a class or function, ``--model.init_args``."""
-    parser = ArgumentParser(prog=f"{PROGRAM} layers")
+    """Make any network, from the options `--model.class_path` (of a class or function) and `--model.init_args`."""
+    parser = Parser(prog=f"{PROGRAM} layers")
     parser.add_argument("--model", type=nn.Module, required=True)
-    # Without defaults: for functions such as swin_t that hand on keyword arguments, those found may not be accepted.
+    # Without defaults, because jsonargparse finds some that functions with keyword arguments (swin_t) do not accept.
     config = parser.parse_args(args, defaults=False)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
     model: nn.Module = instantiate(config).model

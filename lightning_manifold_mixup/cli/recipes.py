@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from operator import itemgetter
 
-from lightning_manifold_mixup.cli.app import PROGRAM, console
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup.cli.terminal import PROGRAM
+from lightning_manifold_mixup.evaluation import print_table
 from lightning_manifold_mixup.paper import recipes
 
 PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
@@ -49,10 +50,10 @@ what is in it:       {PROGRAM} recipes show cifar10-preactresnet18-manifold
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
-        args: what follows ``manifold-mixup recipes``.
+        args: what follows `manifold-mixup recipes`.
     """
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} recipes", description="Lists the packaged recipes, or prints one.", allow_abbrev=False
@@ -69,7 +70,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def shown(name: str) -> str:
-    """The files of a recipe, one after the other, each under its name; a later one overrides an earlier one.
+    """Return the text of a recipe's files, each under its name; a later one overrides an earlier one.
 
     Example:
         >>> print(shown("cifar10-preactresnet18-none")[:50])
@@ -81,7 +82,7 @@ def shown(name: str) -> str:
 
 
 def about(name: str) -> str:
-    """What the recipe's own file says at its head, up to the first empty line.
+    """Return the comment at the head of the recipe's own file, up to the first empty line.
 
     Example:
         >>> about("cifar10_small-5000")
@@ -96,7 +97,7 @@ def about(name: str) -> str:
 
 
 def operations(row: str) -> float:
-    """Floating point operations to train a row.
+    """Compute the floating point operations of training a row.
 
     Example:
         >>> f"{operations('cifar10-preactresnet18-none'):.1e}"
@@ -108,14 +109,9 @@ def operations(row: str) -> float:
 
 
 def _print_list() -> None:
-    make_table = require("rich.table", "cli").Table
-    small = make_table("recipe", "what", title="Recipes", show_lines=True)
-    for name in recipes.names():
-        if not recipes.is_row(name):
-            small.add_row(name, about(name))
-    rows = make_table("recipe", "error %", "NLL", "cost (GPU)", title="Rows of the paper's tables")
-    for column in rows.columns[1:]:
-        column.justify = "right"
+    small = [{"recipe": name, "what": about(name)} for name in recipes.names() if not recipes.is_row(name)]
+    print_table(small, "Recipes", section=itemgetter("recipe"))
+    rows = []
     for name in recipes.row_names():
         data, network, method = name.split("-")
         if (data, network) in PUBLISHED:
@@ -125,10 +121,7 @@ def _print_list() -> None:
             top1, top5 = PUBLISHED_TOP[data, network][method]
             numbers = f"{100 - top1:.2f} (top 5: {100 - top5:.2f})", ""
         cost = operations(name)
-        rows.add_row(
-            name, *numbers, f"{cost / 1e18:.1f} EFLOP, {cost / 20e12 / 3600:.0f} h", end_section=method == "manifold"
-        )
-    out = console()
-    out.print(small)
-    out.print(rows)
+        cells = (name, *numbers, f"{cost / 1e18:.1f} EFLOP, {cost / 20e12 / 3600:.0f} h")
+        rows.append(dict(zip(("recipe", "error %", "NLL", "cost (GPU)"), cells, strict=True)))
+    print_table(rows, "Rows of the paper's tables", section=lambda row: row["recipe"].rpartition("-")[0])
     print(_NOTES, end="")

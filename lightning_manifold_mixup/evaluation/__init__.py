@@ -6,14 +6,11 @@ Callbacks for the validation and test of any LightningModule whose forward gives
 from lightning_manifold_mixup.evaluation.attacks import AttackCallback, adversarial_correct, fgsm, pgd, plot_attacks
 from lightning_manifold_mixup.evaluation.calibration import (
     CalibrationCallback,
-    ConfidenceBins,
-    confidence,
-    interpolate,
-    noise_like,
     plot_histogram,
     plot_interpolation,
     plot_reliability,
 )
+from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, interpolate, noise_like
 from lightning_manifold_mixup.evaluation.deformations import (
     DEFORMATIONS,
     Deformation,
@@ -21,7 +18,7 @@ from lightning_manifold_mixup.evaluation.deformations import (
     deform,
     plot_deformations,
 )
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, print_table, write_report
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, write_report
 from lightning_manifold_mixup.evaluation.spectrum import (
     ClassSpectrum,
     RepresentationCallback,
@@ -29,6 +26,8 @@ from lightning_manifold_mixup.evaluation.spectrum import (
     plot_spectrum,
     spectrum_summary,
 )
+from lightning_manifold_mixup.evaluation.tables import console, mean_and_std, plus_minus, print_table
+from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 
 __all__ = [
     "DEFORMATIONS",
@@ -41,11 +40,15 @@ __all__ = [
     "EvaluationCallback",
     "RepresentationCallback",
     "adversarial_correct",
+    "brier_score",
     "confidence",
+    "console",
     "deform",
     "fgsm",
+    "fit_temperature",
     "hidden_states",
     "interpolate",
+    "mean_and_std",
     "noise_like",
     "pgd",
     "plot_attacks",
@@ -54,6 +57,7 @@ __all__ = [
     "plot_interpolation",
     "plot_reliability",
     "plot_spectrum",
+    "plus_minus",
     "print_table",
     "spectrum_summary",
     "write_report",

@@ -1,25 +1,30 @@
-"""How sure a model is, and how sure it has reason to be: NLL, ECE, and confidence away from the data.
+"""How sure a model is, and how sure it has reason to be: NLL, Brier score, ECE, and confidence away from the data.
 
 The confidence of a prediction is its largest softmax probability. On test data it should equal the accuracy
-(reliability diagram; the expected calibration error, ECE, is the mean gap). Between test points and on noise there is
+(reliability diagram; the expected calibration error, ECE, is the mean gap), and it should be lower on other data than
+on test data (the area under the ROC curve, AUROC, says how often it is). Between test points and on noise there is
 no right answer: the paper (Verma et al., arXiv 1806.05236) has Manifold Mixup make broad regions of low confidence
 there, and here they are measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassCalibrationError
+from torch.utils.data import DataLoader
+from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 from typing_extensions import override
 
+from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, interpolate, noise_like
 from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes, float64_device
+from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,132 +32,38 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CalibrationCallback",
-    "ConfidenceBins",
-    "confidence",
-    "interpolate",
-    "noise_like",
     "plot_histogram",
     "plot_interpolation",
     "plot_reliability",
 ]
 
 
-def confidence(logits: Tensor) -> Tensor:
-    """Give the largest softmax probability of each row, in float32 or better.
-
-    Args:
-        logits: (n, classes).
-
-    Returns:
-        (n,), between 1 / classes and 1.
-
-    Example:
-        >>> confidence(torch.tensor([[0.0, 0.0], [100.0, 0.0]]))
-        tensor([0.5000, 1.0000])
-    """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1).amax(1)
+_AWAY = ("noise", "other data")
+"""What a model should be less sure of than of test data."""
 
 
-def interpolate(images: Tensor, lam: float, partners: Tensor) -> Tensor:
-    """Give points on the lines between images and their partners.
-
-    Args:
-        images: (n, ...).
-        lam: weight of the image itself; 1 - lam is the weight of its partner.
-        partners: (n,), `partners[i]` is the partner of image i.
-
-    Returns:
-        The mixed images, same shape.
-
-    Example:
-        >>> interpolate(torch.tensor([[0.0], [1.0]]), 0.75, torch.tensor([1, 0]))
-        tensor([[0.2500],
-                [0.7500]])
-    """
-    return torch.lerp(images[partners], images, lam)
-
-
-def noise_like(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw white noise with the mean and standard deviation that the batch has in each channel.
-
-    Args:
-        images: (n, channels, ...).
-        generator: the global one if None.
-
-    Returns:
-        Gaussian noise, same shape.
-
-    Example:
-        >>> images = torch.tensor([[[0.0, 2.0]], [[0.0, 2.0]]]).expand(2, 1, 2)
-        >>> noise_like(images, torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 1, 2])
-    """
-    device = "cpu" if generator is None else generator.device
-    noise = torch.randn(images.shape, generator=generator, device=device, dtype=torch.float32).to(images)
-    dims = [0, *range(2, images.ndim)]
-    return images.mean(dims, keepdim=True) + images.std(dims, correction=0, keepdim=True) * noise
-
-
-class ConfidenceBins(Metric):
-    """Count predictions in equal bins of confidence: what a reliability diagram and a confidence histogram show.
-
-    Args:
-        num_bins: bins of [0, 1]. Bin b holds confidences in [b, b + 1) / num_bins, the last one also 1, as in
-            torchmetrics.
-
-    Example:
-        >>> bins = ConfidenceBins(num_bins=2)
-        >>> bins.update(torch.tensor([0.3, 0.7, 0.9]), torch.tensor([True, True, False]))
-        >>> bins.compute()["accuracy"]
-        tensor([1.0000, 0.5000], dtype=torch.float64)
-    """
-
-    full_state_update = False
-    count: Tensor
-    confidence: Tensor
-    correct: Tensor
-
-    def __init__(self, num_bins: int = 15) -> None:
-        super().__init__()
-        self.num_bins = num_bins
-        for name in ("count", "confidence", "correct"):
-            self.add_state(name, torch.zeros(num_bins, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, confidence: Tensor, correct: Tensor | None = None) -> None:
-        """Add predictions.
-
-        Args:
-            confidence: (n,), in [0, 1].
-            correct: (n,), whether the prediction is right; None where there is no right answer.
-        """
-        confidence = confidence.to(self.count.device)
-        edges = torch.linspace(0, 1, self.num_bins + 1, dtype=confidence.dtype, device=confidence.device)
-        index = (torch.bucketize(confidence, edges, right=True) - 1).clamp_max(self.num_bins - 1)
-        self.count += torch.bincount(index, minlength=self.num_bins)
-        self.confidence.index_add_(0, index, confidence.to(self.confidence))
-        if correct is not None:
-            self.correct.index_add_(0, index, correct.to(self.correct))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Give "count", mean "confidence" and "accuracy" of each bin, (num_bins,); the means are NaN in empty bins."""
-        return {
-            "count": self.count,
-            "confidence": self.confidence / self.count,
-            "accuracy": self.correct / self.count,
-        }
+Batches = L.LightningDataModule | DataLoader[Any]
+"""Where samples come from: a loader, or a data module that has one for the purpose."""
 
 
 class CalibrationCallback(EvaluationCallback):
-    """Report NLL, ECE and confidence on test data, between test points and on noise.
+    """Report NLL, Brier score, ECE and confidence on test data, and confidence away from it.
 
-    Writes `<stage>_calibration.csv`, `.json` (with the bins) and `.png` (reliability diagram, histogram of confidence,
-    confidence between test points), prints the table and logs the numbers (`test_calibration/data_ece`) and the figure.
+    Rows are the test data ("data"), the same after temperature scaling ("data scaled"), points between test points
+    ("interpolation 0.5"), noise, and other data where they are given. Writes `<stage>_calibration.csv`, `.json` (with
+    the bins) and `.png` (reliability diagram, histogram of confidence, confidence between test points), prints the
+    table and logs the numbers (`test_calibration/data_scaled_ece`) and the figure.
 
     Args:
         lams: points between an image and a random partner of its batch, as weights of the image: 0.5 is halfway. (With
             random partners the other half of the way looks the same.)
         num_bins: of the ECE and of the pictures.
+        held_out: data to fit the temperature on, a loader or (its validation loader) a data module. None takes the
+            validation data of the Trainer's data module in a test; without any, there is no row "data scaled".
+        other_data: data of another kind, a loader or (its test loader) a data module, to be told from the test data.
         kwargs: the arguments of `EvaluationCallback`; `seed` draws partners and noise.
+
+    The column "auroc" is the probability that a test sample has more confidence than one of noise, or of other data.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[CalibrationCallback(lams=[0.5])], logger=False, enable_checkpointing=False)
@@ -160,36 +71,93 @@ class CalibrationCallback(EvaluationCallback):
 
     family = "calibration"
 
-    def __init__(self, lams: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9), num_bins: int = 15, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        lams: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
+        num_bins: int = 15,
+        held_out: Batches | None = None,
+        other_data: Batches | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not all(0 <= lam <= 1 for lam in lams):
             raise ValueError(f"expected lams in [0, 1], got {list(lams)}")
         self.lams = list(lams)
         self.num_bins = num_bins
+        self.held_out, self.other_data = held_out, other_data
+        self.temperature: float | None = None
         self.bins: dict[str, ConfidenceBins] = {}
-        self.ece: MulticlassCalibrationError | None = None
+        self.ece: dict[str, MulticlassCalibrationError] = {}
+        self.auroc: dict[str, BinaryAUROC] = {}
 
     @override
     def start(self) -> None:
         super().start()
-        self.bins = {}
-        self.ece = None
+        self.temperature = None
+        self.bins, self.ece, self.auroc = {}, {}, {}
+
+    @override
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        if not self.should_evaluate(trainer):
+            return
+        held_out = self._held_out(trainer)
+        if held_out is None:
+            rank_zero_info(
+                f"{type(self).__name__}: no row after temperature scaling, for want of held-out data. Set `held_out`, "
+                "or test with a data module that has a validation loader."
+            )
+        else:  # all of it on each rank
+            logits, target = zip(*self._predictions(trainer, pl_module, held_out), strict=True)
+            self.temperature = fit_temperature(torch.cat(logits), torch.cat(target))
+        if self.other_data is not None:
+            for logits_there, _ in self._predictions(trainer, pl_module, _loader(self.other_data, "test")):
+                self._sure("other data", "other data", logits_there)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def _held_out(self, trainer: L.Trainer) -> Any:
+        """The loader to fit the temperature on; None if there is none."""
+        if self.held_out is not None:
+            return _loader(self.held_out, "validate")
+        data = getattr(trainer, "datamodule", None)
+        if not trainer.testing or data is None:
+            return None
+        data.setup("validate")
+        return data.val_dataloader() if is_overridden("val_dataloader", data) else None
+
+    def _predictions(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and targets of the batches of another loader than the one that is evaluated."""
+        for batch in loader:
+            batch = trainer.strategy.batch_to_device(batch)
+            images, target = self.entries(batch)
+            with trainer.precision_plugin.forward_context():
+                logits = self.logits(pl_module, images).float()
+            yield logits, target
 
     @override
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:
         logits = self.logits(pl_module, images).float()
-        if self.ece is None:  # now that the number of classes is known
-            self.ece = MulticlassCalibrationError(logits.shape[1], n_bins=self.num_bins).to(logits.device)
-        self.ece.update(logits.softmax(1), target)
-        correct = logits.argmax(1) == target
-        self.record("accuracy", correct)
-        self.record("nll", F.cross_entropy(logits, target, reduction="none"))
-        self._sure("data", "data", logits, correct)
+        self._score("data", logits, target)
+        self._sure("data", "data", logits, logits.argmax(1) == target)
+        if self.temperature is not None:
+            self._score("data scaled", logits / self.temperature, target)
+            self.record("data scaled", confidence(logits / self.temperature))
         partners = torch.randperm(len(images), generator=self.generator).to(images.device)
         for lam in self.lams:
             between = interpolate(images, lam, partners)
             self._sure("interpolation", f"interpolation {lam:g}", self.logits(pl_module, between))
         self._sure("noise", "noise", self.logits(pl_module, noise_like(images, self.generator)))
+
+    def _score(self, row: str, logits: Tensor, target: Tensor) -> None:
+        if row not in self.ece:  # now that the number of classes is known
+            self.ece[row] = MulticlassCalibrationError(logits.shape[1], n_bins=self.num_bins).to(logits.device)
+        self.ece[row].update(logits.softmax(1), target)
+        self.record(f"{row}/accuracy", logits.argmax(1) == target)
+        self.record(f"{row}/nll", F.cross_entropy(logits, target, reduction="none"))
+        self.record(f"{row}/brier", brier_score(logits, target))
 
     def _sure(self, bins: str, row: str, logits: Tensor, correct: Tensor | None = None) -> None:
         sure = confidence(logits)
@@ -197,15 +165,27 @@ class CalibrationCallback(EvaluationCallback):
         if bins not in self.bins:
             self.bins[bins] = ConfidenceBins(self.num_bins).to(float64_device(sure.device))
         self.bins[bins].update(sure, correct)
+        for name in _AWAY if row == "data" else {row} & set(_AWAY):
+            if name not in self.auroc:
+                self.auroc[name] = BinaryAUROC().to(sure.device)
+            self.auroc[name].update(sure, torch.full_like(sure, row == "data", dtype=torch.long))
 
     @override
     def compute(self) -> tuple[list[Row], dict[str, Any]]:
-        assert self.ece is not None
         mean = {name: metric.compute().item() for name, metric in self.means.items()}
-        on_data = {name: mean.pop(name) for name in ("accuracy", "nll")} | {"ece": self.ece.compute().item()}
+        temperatures = {"data": 1.0, "data scaled": self.temperature}
+        order = ["data", "data scaled", *(f"interpolation {lam:g}" for lam in self.lams), *_AWAY]
         rows: list[Row] = [
-            {"inputs": name, "confidence": sure} | (on_data if name == "data" else dict.fromkeys(on_data))
-            for name, sure in mean.items()
+            {
+                "inputs": name,
+                "confidence": mean[name],
+                **{score: mean.get(f"{name}/{score}") for score in ("accuracy", "nll", "brier")},
+                "ece": self.ece[name].compute().item() if name in self.ece else None,
+                "temperature": temperatures.get(name),
+                "auroc": self.auroc[name].compute().item() if name in _AWAY else None,
+            }
+            for name in order
+            if name in mean
         ]
         bins = {name: {k: v.tolist() for k, v in metric.compute().items()} for name, metric in self.bins.items()}
         for name in bins.keys() - {"data"}:
@@ -269,3 +249,12 @@ def plot_interpolation(ax: Axes, rows: list[Row]) -> None:
     ax.set(xlabel="λ (weight of the test point)", ylabel="mean confidence", ylim=(0, 1), title="Away from the data")
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")
+
+
+def _loader(source: Batches, stage: str) -> Any:
+    """The loader of a data module for a stage, "validate" or "test"; a loader is one already."""
+    if isinstance(source, DataLoader):
+        return source
+    source.prepare_data()
+    source.setup(stage)
+    return source.val_dataloader() if stage == "validate" else source.test_dataloader()

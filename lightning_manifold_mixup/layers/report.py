@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.layers.choice import default_layers
 from lightning_manifold_mixup.layers.cutpoints import Layer, Rows, Verdict
 from lightning_manifold_mixup.layers.names import INPUT, unknown_name

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.extras import require
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles
 from lightning_manifold_mixup.paper.data.splits import split_by_class

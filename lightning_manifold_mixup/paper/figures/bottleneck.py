@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.figures.training import (
     TITLES,
     Method,
     Problem,
     Report,
+    cell,
     digits,
     evaluate,
     layers_after,
-    mean_and_std,
+    means_and_stds,
     plot_grid,
-    plus_minus,
     probabilities_on_grid,
     square_around,
     train_all,
@@ -58,8 +58,8 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
         seeds: how many trainings per method.
 
     Returns:
-        A row for each method: test error (%), NLL, and "confidence", the mean largest probability over the smallest
-        square around the training set's hidden states and a quarter more.
+        A row for each method: test error (%), NLL, and "confidence", the mean of the largest probability over
+        the smallest square around the training set's hidden states, enlarged by a quarter.
     """
     task = problem()
     networks = train_all(task, METHODS, epochs, seeds)
@@ -69,13 +69,13 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
             evaluate(network, task.test_set) | {"confidence": _maps(network, task)[3].mean().item()}
             for network in trained
         ]
-        rows.append({"method": method, **mean_and_std(numbers)})
+        rows.append({"method": method, **means_and_stds(numbers)})
     table: list[Row] = [
         {
             "method": row["method"],
-            "test error %": plus_minus(row, "test_error", 2),
-            "NLL": plus_minus(row, "test_nll", 3),
-            "mean confidence": plus_minus(row, "confidence", 3),
+            "test error %": cell(row, "test_error", 2),
+            "NLL": cell(row, "test_nll", 3),
+            "mean confidence": cell(row, "confidence", 3),
         }
         for row in rows
     ]
@@ -103,7 +103,7 @@ def draw(task: Problem, networks: dict[str, BottleneckMLP]) -> Figure:
     labels = task.train_set[1]
     colors = require("matplotlib.colors", "cli")
     greys = colors.LinearSegmentedColormap.from_list("light greys", ["1", "0.7"])
-    colours = [f"C{digit}" if digit != 7 else "black" for digit in range(10)]  # C7 is a grey like the map's
+    colours = [f"C{digit}" if digit != 7 else "black" for digit in range(10)]  # C7 is grey, and so is the map
     for ax, (method, network) in zip(panels, networks.items(), strict=True):
         states, centre, radius, confidence = _maps(network, task)
         image = plot_grid(ax, confidence, centre, radius, cmap=greys, vmin=0.1, vmax=1, interpolation="bilinear")

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.figures.training import (
     TITLES,
     Method,
     Problem,
     Report,
+    cell,
     digits,
     evaluate,
-    mean_and_std,
-    plus_minus,
+    means_and_stds,
     spectra,
     train_all,
 )
@@ -33,14 +33,14 @@ EPOCHS = 60
 
 METHODS = {
     "none": Method(),
-    "weight decay": Method(weight_decay=1e-4),  # the paper's; 1e-3 beside Adam leaves nothing but a constant network
+    "weight decay": Method(weight_decay=1e-4),  # the paper's; with Adam, 1e-3 gives a constant network
     "dropout": Method(network={"dropout": 0.5}),
     "input": Method(alpha=2.0, layer="input"),
     "manifold": Method(alpha=2.0),
 }
 
 LAYERS = {"bottleneck": "mixed layer (12)", "layer4": "one layer after (256)", "layer1": "first hidden layer (256)"}
-"""Where the hidden states are looked at, and what the picture calls that."""
+"""The layers whose hidden states are measured, and their names in the picture."""
 
 
 def problem() -> Problem:
@@ -65,11 +65,11 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
     rows: list[Row] = []
     curves: dict[str, Any] = {}
     for method, trained in networks.items():
-        errors = mean_and_std([evaluate(network, task.test_set) for network in trained])
+        errors = means_and_stds([evaluate(network, task.test_set) for network in trained])
         for states, labelled in (("train", task.train_set), ("test", task.test_set)):
             found = [spectra(network, labelled, list(LAYERS)) for network in trained]
             for layer in LAYERS:
-                numbers = mean_and_std(
+                numbers = means_and_stds(
                     [{name: spectrum[layer][name].mean().item() for name in ("largest", "rest")} for spectrum in found]
                 )
                 rows.append({"method": method, "layer": layer, "states": states, **numbers, **errors})
@@ -87,11 +87,11 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     tables: dict[str, list[Row]] = {}
     for name, title in (("largest", "largest singular value"), ("rest", "sum of all other singular values")):
         tables[title] = [
-            {"method": method} | {row["layer"]: plus_minus(row, name, 1) for row in rows if row["method"] == method}
+            {"method": method} | {row["layer"]: cell(row, name, 1) for row in rows if row["method"] == method}
             for method in METHODS
         ]
     tables["test set"] = [
-        {"method": row["method"], "error %": plus_minus(row, "test_error", 2), "NLL": plus_minus(row, "test_nll", 3)}
+        {"method": row["method"], "error %": cell(row, "test_error", 2), "NLL": cell(row, "test_nll", 3)}
         for row in rows
         if row["layer"] == "bottleneck"
     ]

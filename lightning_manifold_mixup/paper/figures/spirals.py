@@ -1,9 +1,9 @@
 """Figure 1: what Manifold Mixup does to decision boundary, hidden states and their singular values, on 2-D spirals.
 
 Source: Verma et al. 2019, Figure 1: a fully connected network of nine layers with a 2-D bottleneck in the middle, mixed
-only there. Data, widths and the strength of the other regularisers are not stated there. Here each is the strongest
-that was tried (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5; input mixup alpha 1, 2) with a test error below
-3.5 %.
+only there. Data, widths and the strength of the other regularisers are not stated there. Here each has the largest
+of the strengths that were tried with a test error below 3.5 % (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5;
+input mixup alpha 1, 2).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.data import SpiralsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset
 from lightning_manifold_mixup.paper.figures.training import (
@@ -22,11 +22,11 @@ from lightning_manifold_mixup.paper.figures.training import (
     Method,
     Problem,
     Report,
+    cell,
     evaluate,
     layers_after,
-    mean_and_std,
+    means_and_stds,
     plot_grid,
-    plus_minus,
     probabilities_on_grid,
     spectra,
     square_around,
@@ -46,7 +46,7 @@ METHODS = {
     "noise": Method(network={"noise": 0.1}),
     "dropout": Method(network={"dropout": 0.1}),
     "batch norm": Method(network={"batch_norm": True}),
-    "input": Method(alpha=1.0, layer="input"),  # alpha 2 leaves 30 % of the test points on the wrong side
+    "input": Method(alpha=1.0, layer="input"),  # with alpha 2, 30 % of the test points are misclassified
     "manifold": Method(alpha=2.0),
 }
 _SETTINGS = {
@@ -105,18 +105,18 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
             }
             for network, spectrum in zip(trained, found, strict=True)
         ]
-        rows.append({"method": method, **mean_and_std(numbers)})
+        rows.append({"method": method, **means_and_stds(numbers)})
         curves[method] = {
             layer: [spectrum[layer]["singular_values"].tolist() for spectrum in found] for layer in LAYERS
         }
     table: list[Row] = [
         {
             "method": row["method"],
-            "test error %": plus_minus(row, "test_error", 2),
-            "NLL": plus_minus(row, "test_nll", 3),
-            "confidence > 0.95": plus_minus(row, "confident", 0) + " %",
-            "bottleneck": f"{plus_minus(row, 'bottleneck_largest', 1)} / {plus_minus(row, 'bottleneck_rest', 1)}",
-            "layer5": f"{plus_minus(row, 'layer5_largest', 1)} / {plus_minus(row, 'layer5_rest', 1)}",
+            "test error %": cell(row, "test_error", 2),
+            "NLL": cell(row, "test_nll", 3),
+            "confidence > 0.95": cell(row, "confident", 0) + " %",
+            "bottleneck": f"{cell(row, 'bottleneck_largest', 1)} / {cell(row, 'bottleneck_rest', 1)}",
+            "layer5": f"{cell(row, 'layer5_largest', 1)} / {cell(row, 'layer5_rest', 1)}",
         }
         for row in rows
     ]

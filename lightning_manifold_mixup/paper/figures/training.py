@@ -1,9 +1,8 @@
-"""What the figures share: the ways to train that they compare, and short quiet training on tensors in memory."""
+"""What the figures share: the methods that they compare, and short training on tensors in memory."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.evaluation import ClassSpectrum, hidden_states
-from lightning_manifold_mixup.evaluation.extras import require
-from lightning_manifold_mixup.evaluation.report import Row
+from lightning_manifold_mixup.evaluation.tables import Row, mean_and_std, plus_minus
 from lightning_manifold_mixup.module import ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset, collate
 from lightning_manifold_mixup.paper.models import BottleneckMLP
+from lightning_manifold_mixup.paper.quiet import IN_MEMORY, quiet_lightning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +35,12 @@ __all__ = [
     "Method",
     "Problem",
     "Report",
+    "cell",
     "digits",
     "evaluate",
     "layers_after",
-    "mean_and_std",
+    "means_and_stds",
     "plot_grid",
-    "plus_minus",
     "probabilities_on_grid",
     "spectra",
     "square_around",
@@ -51,17 +51,17 @@ __all__ = [
 Labelled = tuple[Tensor, Tensor]
 
 TITLES = {"input": "input mixup", "manifold": "Manifold Mixup"}
-"""What pictures call a method, where that is not its name."""
+"""Names of methods in pictures, where they differ from those in tables."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a figure's `make` gives.
+    """The result of a figure's `make`.
 
     Attributes:
         rows: all numbers, for the CSV.
-        tables: the most important ones, for the terminal, under their titles.
-        details: what goes into the JSON beside the rows: settings and spectra.
+        tables: the most important numbers, for the terminal, by title.
+        details: settings and spectra, written to the JSON file.
         figure: the picture.
     """
 
@@ -90,7 +90,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learned, and by which network.
+    """A classification problem and the network that learns it.
 
     Attributes:
         train_set: inputs (n, features) and labels (n,).
@@ -110,7 +110,7 @@ class Problem:
 def digits() -> tuple[Labelled, Labelled]:
     """The 8x8 digits as vectors of 64 pixels in [0, 1]: 1,000 to train, 797 to test.
 
-    Pixels are not standardised, so that the singular values can be compared with those of other people's loops.
+    Pixels are not standardised, so that the singular values can be compared with those of other implementations.
 
     Example:
         >>> (x, y), (x_test, _) = digits()
@@ -124,10 +124,10 @@ def digits() -> tuple[Labelled, Labelled]:
 
 
 def train(problem: Problem, method: Method, epochs: int, seed: int) -> BottleneckMLP:
-    """Trains with Adam through Lightning; the same weights for the same arguments, on processors of the same kind.
+    """Train with Adam, by Lightning. The same arguments give the same weights on processors of the same kind.
 
-    One thread does all the work: networks this small gain nothing by more, and sums over the samples of a batch would
-    be rounded differently with each number of cores.
+    Only one thread is used. More would not make such small networks faster, and the rounding of sums over a batch would
+    depend on the number of threads.
 
     Args:
         problem: data and network.
@@ -146,7 +146,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
         >>> network(x).shape
         torch.Size([1000, 10])
     """
-    with torch.random.fork_rng(devices=[]), _one_thread(), _quiet():
+    with torch.random.fork_rng(devices=[]), _one_thread(), quiet_lightning(logging.ERROR, *IN_MEMORY):
         torch.manual_seed(seed)
         network = BottleneckMLP(**problem.network, **method.network)
         optimizer = partial(torch.optim.Adam, lr=problem.learning_rate, weight_decay=method.weight_decay)
@@ -171,7 +171,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
 def train_all(
     problem: Problem, methods: Mapping[str, Method], epochs: int, seeds: int
 ) -> dict[str, list[BottleneckMLP]]:
-    """Trains with each method and the seeds 0 to `seeds` - 1, with a progress bar; networks by method, then by seed."""
+    """Train with each method and the seeds 0 to `seeds` - 1, and return the networks by method, then by seed."""
     jobs = [(name, seed) for name in methods for seed in range(seeds)]
     networks: dict[str, list[BottleneckMLP]] = {name: [] for name in methods}
     for name, seed in require("rich.progress", "cli").track(jobs, description=f"training {len(jobs)} networks"):
@@ -189,26 +189,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says about a loader in memory and about the machine, dozens of times over."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message="The number of training batches")
-            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 @torch.no_grad()
 def evaluate(network: nn.Module, labelled: Labelled) -> dict[str, float]:
-    """Give "test_error" in percent and "test_nll" in nats.
+    """Compute "test_error" in percent and "test_nll" in nats.
 
     Example:
         >>> evaluate(nn.Identity(), (torch.tensor([[0.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 0])))
@@ -221,7 +204,7 @@ def evaluate(network: nn.Module, labelled: Labelled) -> dict[str, float]:
 
 
 def layers_after(network: BottleneckMLP, name: str = "bottleneck") -> nn.Sequential:
-    """The part of the network behind a layer: f_k, where the layer's output is g_k(x).
+    """Return the part of the network after a layer: f_k, where the layer's output is g_k(x).
 
     Example:
         >>> network = BottleneckMLP(2, 2, before=[8], bottleneck=2, after=[8])
@@ -234,10 +217,10 @@ def layers_after(network: BottleneckMLP, name: str = "bottleneck") -> nn.Sequent
 
 @torch.no_grad()
 def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Singular values of each class's hidden states, not centred: see `ClassSpectrum`.
+    """Compute the singular values of each class's hidden states, not centred: see `ClassSpectrum`.
 
-    With these data and networks they have the size of what others report; with the class means subtracted, the largest
-    would be a fifth of that.
+    With these data and networks they have the size that others report. If the class means were subtracted, the largest
+    value would be a fifth of that.
 
     Args:
         network: in evaluation mode.
@@ -245,7 +228,7 @@ def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> di
         layers: names of the network's layers.
 
     Returns:
-        For each layer what `ClassSpectrum.compute` gives.
+        For each layer the result of `ClassSpectrum.compute`.
     """
     inputs, labels = labelled
     logits, states = hidden_states(network, inputs, layers)
@@ -261,7 +244,7 @@ def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> di
 def probabilities_on_grid(
     function: Callable[[Tensor], Tensor], centre: Tensor, radius: float, size: int = 200
 ) -> Tensor:
-    """Class probabilities on a grid over a square of the plane.
+    """Compute class probabilities on a grid over a square of the plane.
 
     Args:
         function: points (n, 2) to logits (n, classes).
@@ -270,7 +253,7 @@ def probabilities_on_grid(
         size: points along a side.
 
     Returns:
-        (size, size, classes); the first index goes up the second coordinate, as `imshow(origin="lower")` has it.
+        (size, size, classes); the first index follows the second coordinate, as `imshow(origin="lower")` expects.
 
     Example:
         >>> probabilities_on_grid(lambda points: points, torch.zeros(2), radius=1.0, size=2).argmax(2)
@@ -284,7 +267,7 @@ def probabilities_on_grid(
 
 
 def square_around(states: Tensor, margin: float = 0.25) -> tuple[Tensor, float]:
-    """Centre and half the side of the smallest square around points of the plane, and some more.
+    """Return the centre and half the side of the smallest square around points of the plane, with a margin.
 
     Example:
         >>> square_around(torch.tensor([[0.0, 0.0], [4.0, 1.0]]), margin=0.5)
@@ -302,27 +285,24 @@ def plot_grid(ax: Axes, values: Tensor, centre: Tensor, radius: float, **options
     return image
 
 
-def mean_and_std(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Mean of each number over seeds, and after it the standard deviation (n - 1; None for a single seed).
+def means_and_stds(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Average the numbers of several seeds; `NAME_std` is the standard deviation of `NAME`.
 
     Example:
-        >>> mean_and_std([{"nll": 1.0}, {"nll": 3.0}])
+        >>> means_and_stds([{"nll": 1.0}, {"nll": 3.0}])
         {'nll': 2.0, 'nll_std': 1.4142135623730951}
     """
     summary: dict[str, float | None] = {}
     for name in results[0]:
-        values = torch.tensor([result[name] for result in results], dtype=torch.float64)
-        summary[name] = values.mean().item()
-        summary[f"{name}_std"] = values.std().item() if len(values) > 1 else None
+        summary[name], summary[f"{name}_std"] = mean_and_std([result[name] for result in results])
     return summary
 
 
-def plus_minus(row: Mapping[str, Any], name: str, decimals: int) -> str:
-    """A mean and its standard deviation as text, the latter left out where there is none.
+def cell(row: Mapping[str, Any], name: str, decimals: int) -> str:
+    """The mean and standard deviation of one number, for the terminal.
 
     Example:
-        >>> plus_minus({"nll": 0.5, "nll_std": 0.25}, "nll", 2), plus_minus({"nll": 0.5, "nll_std": None}, "nll", 1)
-        ('0.50 ± 0.25', '0.5')
+        >>> cell({"nll": 0.5, "nll_std": 0.25}, "nll", 2)
+        '0.50 ± 0.25'
     """
-    spread = row[f"{name}_std"]
-    return f"{row[name]:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")
+    return plus_minus(row[name], row[f"{name}_std"], decimals)

@@ -1,16 +1,13 @@
-"""Networks of the papers, and any of torchvision's and timm's by name."""
+"""The networks of the papers.
+
+Any other network goes into a recipe by its own path: `torchvision.models.get_model`, `timm.create_model`, a class.
+"""
 
 from lightning_manifold_mixup.paper.models.conv_net import ConvNet
-from lightning_manifold_mixup.paper.models.lookup import build_model
 from lightning_manifold_mixup.paper.models.mlp import MLP, BottleneckMLP, GaussianNoise
-from lightning_manifold_mixup.paper.models.preact_resnet import (
-    PreActResNet,
-    preact_resnet18,
-    preact_resnet34,
-    preact_resnet50,
-    preact_resnet101,
-    preact_resnet152,
-)
+from lightning_manifold_mixup.paper.models.preact_resnet import PreActResNet, preact_resnet18, preact_resnet34
+from lightning_manifold_mixup.paper.models.text import TextConvNet, TextLSTM
+from lightning_manifold_mixup.paper.models.unet import UNet
 from lightning_manifold_mixup.paper.models.wide_resnet import WideResNet
 
 __all__ = [
@@ -19,11 +16,10 @@ __all__ = [
     "ConvNet",
     "GaussianNoise",
     "PreActResNet",
+    "TextConvNet",
+    "TextLSTM",
+    "UNet",
     "WideResNet",
-    "build_model",
     "preact_resnet18",
     "preact_resnet34",
-    "preact_resnet50",
-    "preact_resnet101",
-    "preact_resnet152",
 ]

@@ -1,6 +1,6 @@
 """Fully connected networks, plain and with a bottleneck: the paper's Figures 1 and 2 and its singular values.
 
-Layers have names that are easy to give to a callback: ``layer1``, ``layer2``, ... , ``bottleneck``, ``linear``.
+Layers have names that are easy to give to a callback: `layer1`, `layer2`, ... , `bottleneck`, `linear`.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ __all__ = ["MLP", "BottleneckMLP", "GaussianNoise"]
 
 
 class MLP(nn.Module):
-    """Fully connected network: hidden layers ``layer1`` to ``layerN``, then ``linear``.
+    """Fully connected network: hidden layers `layer1` to `layerN`, then `linear`.
 
-    A hidden layer is Linear, batch norm (where asked for), activation, dropout, noise, as one module: its output is the
+    A hidden layer is Linear, batch norm (if wanted), activation, dropout, noise, as one module: its output is the
     hidden state. Inputs of more than two dimensions (images) are flattened.
 
     Args:
         in_features: numbers per sample: 64 for the 8x8 digits, 2 for the spirals.
         num_classes: number of logits.
         widths: width of each hidden layer.
-        activation: ``"leaky_relu"`` (the paper's), ``"relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+        activation: `"leaky_relu"` (the paper's), `"relu"`, `"tanh"`, `"gelu"` or `"silu"`.
         dropout: probability of dropping a hidden value.
         batch_norm: normalise each hidden layer before its activation.
         noise: standard deviation of Gaussian noise added to each hidden state in training.
@@ -64,10 +64,10 @@ class MLP(nn.Module):
 
 
 class BottleneckMLP(nn.Module):
-    """Fully connected network with a narrow linear layer, ``bottleneck``: the one to mix and to look at.
+    """Fully connected network with a narrow linear layer, `bottleneck`: the layer to mix at and to look at.
 
-    Hidden layers are numbered through: with three before and four after they are ``layer1`` to ``layer3``,
-    ``bottleneck``, ``layer4`` to ``layer7``, ``linear``. The defaults are the network on 2-D spirals of Figure 1: nine
+    Hidden layers are numbered through: with three before and four after they are `layer1` to `layer3`,
+    `bottleneck`, `layer4` to `layer7`, `linear`. The defaults are the network on 2-D spirals of Figure 1: nine
     layers, two dimensions in the fifth.
 
     Args:

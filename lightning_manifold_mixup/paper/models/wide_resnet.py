@@ -1,10 +1,12 @@
 """WideResNet-d-k, as in the paper's supervised tables (28-10) and its semi-supervised ones (28-2).
 
-``"input"`` and ``layer1`` are the paper's S = {0, 1} for this family.
+`"input"` and `layer1` are the paper's S = {0, 1} for this family.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_manifold_mixup.paper.models.blocks import stage
 
 __all__ = ["WideResNet"]
 
@@ -12,7 +14,7 @@ __all__ = ["WideResNet"]
 class WideResNet(nn.Module):
     """Wide residual network: a 3x3 stem of 16 channels and three stages of 16k, 32k, 64k channels.
 
-    ``conv1``, ``layer1``, ``layer2``, ``layer3``, a last norm ``bn`` and ReLU, the mean over positions, ``linear``.
+    `conv1`, `layer1`, `layer2`, `layer3`, a last norm `bn` and ReLU, the mean over positions, `linear`.
 
     Args:
         depth: d = 6 b + 4 for b blocks a stage: 10, 16, 22, 28, 34, 40, ...
@@ -53,9 +55,9 @@ class WideResNet(nn.Module):
             raise ValueError(f"WideResNet: expected a depth of 6 b + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}.")
         width = 16 * widen_factor
         self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.layer1 = _stage(blocks, 16, width, 1, dropout)
-        self.layer2 = _stage(blocks, width, 2 * width, 2, dropout)
-        self.layer3 = _stage(blocks, 2 * width, 4 * width, 2, dropout)
+        self.layer1 = stage(blocks, 16, width, 1, dropout)
+        self.layer2 = stage(blocks, width, 2 * width, 2, dropout)
+        self.layer3 = stage(blocks, 2 * width, 4 * width, 2, dropout)
         self.bn = nn.BatchNorm2d(4 * width)
         self.linear = nn.Linear(4 * width, num_classes)
         for module in self.modules():
@@ -69,35 +71,3 @@ class WideResNet(nn.Module):
         h = F.relu(self.bn(h))
         logits: Tensor = self.linear(h.mean(dim=(2, 3)))
         return logits
-
-
-class _WideBlock(nn.Module):
-    """Norm, ReLU, 3x3, norm, ReLU, dropout, 3x3; a shortcut that needs a convolution starts after the first ReLU."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, dropout: float) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
-        self.shortcut = (
-            None
-            if stride == 1 and in_channels == channels
-            else nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x))
-        residual = x if self.shortcut is None else self.shortcut(h)
-        h = self.conv1(h)
-        h = self.conv2(self.dropout(F.relu(self.bn2(h))))
-        out: Tensor = h + residual
-        return out
-
-
-def _stage(blocks: int, in_channels: int, channels: int, stride: int, dropout: float) -> nn.Sequential:
-    stage = nn.Sequential(_WideBlock(in_channels, channels, stride, dropout))
-    for _ in range(blocks - 1):
-        stage.append(_WideBlock(channels, channels, 1, dropout))
-    return stage

@@ -7,7 +7,6 @@ import sys
 import lightning as L
 import pytest
 import torch
-from evaluation_helpers import LIGHTNING_WARNINGS, MEAN, STD, Classifier, loader, trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -18,8 +17,8 @@ from lightning_manifold_mixup.evaluation import (
     RepresentationCallback,
 )
 from lightning_manifold_mixup.evaluation.report import scalars
+from tests.evaluation.classifier import MEAN, STD, Classifier, loader, trainer
 
-pytestmark = LIGHTNING_WARNINGS
 FAMILIES = ("attacks", "deformations", "calibration", "representations")
 
 

@@ -1,7 +1,7 @@
-"""Optional dependencies, imported where they are needed and never before.
+"""Optional dependencies, imported where they are needed and not before.
 
-`import lightning_manifold_mixup` needs none of torchvision, scikit-learn, timm, matplotlib or rich. What needs one of
-them asks `require` for it, so that the way to install it is said in one place.
+`import lightning_manifold_mixup` needs none of torchvision, scikit-learn, timm, matplotlib or rich. Code that needs one
+of them calls `require`, so that the advice how to install it stands in one place.
 """
 
 import importlib
@@ -14,15 +14,15 @@ def require(module: str, extra: str) -> ModuleType:
     """Import a module that is not among the core dependencies.
 
     Args:
-        module: the name to import, for example ``"torchvision.transforms.v2"``.
-        extra: the extra of this package that installs it, ``"cli"`` or ``"all"``.
+        module: the name to import, for example `"torchvision.transforms.v2"`.
+        extra: the extra of this package that installs it, `"cli"` or `"all"`.
 
     Returns:
         The imported module.
 
     Raises:
-        ModuleNotFoundError: if it is not installed; the message has the pip command. An import error from inside an
-            installed package is passed on as it is.
+        ModuleNotFoundError: if it is not installed; the message has the pip command. If the package is installed and
+            cannot import one of its own dependencies, that error is passed on unchanged.
 
     Example:
         >>> require("math", "cli").sqrt(4.0)
@@ -37,7 +37,7 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # installed, but broken: what it misses is its own business, and its own message says it
+            raise  # the package is installed but lacks a dependency of its own, which the message already names
         raise ModuleNotFoundError(
             f'`{package}` is needed here and not installed: pip install "lightning-manifold-mixup[{extra}]"',
             name=package,

@@ -1,16 +1,11 @@
 """A small classifier that knows nothing of evaluations, images in [0, 1], and a Trainer that leaves nothing behind."""
 
 import lightning as L
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-LIGHTNING_WARNINGS = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning 2.6 with torch 2.14
-]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CLASSES = 5
 
@@ -67,8 +62,8 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def loader(n=48, batch_size=16, **kwargs):
-    pixels, target = pixels_and_target(n)
+def loader(n=48, batch_size=16, seed=0, **kwargs):
+    pixels, target = pixels_and_target(n, seed)
     return DataLoader(TensorDataset(normalise(pixels), target), batch_size=batch_size, **kwargs)
 
 

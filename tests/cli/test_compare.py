@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_manifold_mixup.cli import compare, main
-
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+from lightning_manifold_mixup.cli import compare, main, runs
+from lightning_manifold_mixup.cli.terminal import UsageError
+from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.paper import recipes
 
 TINY = [
     "--trainer.max_epochs=1",
@@ -37,21 +37,21 @@ class Spy(Callback):
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch, tmp_path) -> None:
+def _own_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def test_same_weights_and_same_first_batch(monkeypatch, tmp_path) -> None:
     spies = {}
-    make = compare.Prepared.make
-    for method in compare.LABELS:
+    make = Prepared.make
+    for method in recipes.METHODS:
         spy = spies[method] = Spy()
 
         def make_and_watch(cli, spy=spy) -> None:
             make(cli)
             cli.trainer.callbacks.append(spy)
 
-        monkeypatch.setattr(compare.Prepared, "make", make_and_watch)
+        monkeypatch.setattr(Prepared, "make", make_and_watch)
         main(["compare", "--seeds=3", f"--methods={method}", f"--out={tmp_path}", *TINY])
     none = spies["none"]
     for method in ("input", "manifold"):
@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
 
 def test_what_changes_the_numbers_changes_the_key(tmp_path) -> None:
     def key(*overrides: str, seed: int = 0, method: str = "manifold") -> str:
-        run = compare.Run("digits", method, seed, overrides, tmp_path)
+        run = runs.Run("digits", method, seed, overrides, tmp_path)
         return run.key(run.prepare())
 
     assert key() == key("--trainer.enable_progress_bar=false", "--trainer.default_root_dir=elsewhere")
@@ -126,21 +126,21 @@ def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
     main(["compare", *configs, "--seeds=0", "--methods=input", "--out=out", *TINY[1:], "--trainer.max_epochs=2"])
     printed = capsys.readouterr().out
     assert "best val epoch" in printed
-    runs = json.loads(Path("out/compare.json").read_text())["runs"]
-    assert [run["recipe"] for run in runs] == ["digits", "digits+other"]
-    assert [run["best_epoch"] is None for run in runs] == [True, False]
-    validation = [epoch["val/error"] for epoch in runs[1]["validation"]]
+    results = json.loads(Path("out/compare.json").read_text())["runs"]
+    assert [run["recipe"] for run in results] == ["digits", "digits+other"]
+    assert [run["best_epoch"] is None for run in results] == [True, False]
+    validation = [epoch["val/error"] for epoch in results[1]["validation"]]
     assert len(validation) == 2
-    assert runs[1]["best_epoch"] == validation.index(min(validation))
-    if runs[1]["best_epoch"] == 1:
-        assert runs[1]["metrics"]["best val epoch"] == pytest.approx(runs[1]["metrics"]["last epoch"])
+    assert results[1]["best_epoch"] == validation.index(min(validation))
+    if results[1]["best_epoch"] == 1:
+        assert results[1]["metrics"]["best val epoch"] == pytest.approx(results[1]["metrics"]["last epoch"])
 
 
 def test_teachers_beside_networks_without_one(tmp_path, capsys) -> None:
     options = ["--methods=manifold", "--seeds=0,1,2", f"--out={tmp_path}", "--trainer.max_steps=1"]
     main(["compare", "--config=semi_digits-supervised", "--config=semi_digits", *options])
-    runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
-    errors = [100 * run["metrics"]["last epoch"]["test/teacher_error"] for run in runs[3:]]
+    results = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    errors = [100 * run["metrics"]["last epoch"]["test/teacher_error"] for run in results[3:]]
     with (tmp_path / "compare.csv").open() as file:
         alone, taught = csv.DictReader(file)
     assert (alone["teacher's error %"], alone["teacher's error % std"]) == ("", "")
@@ -151,21 +151,21 @@ def test_teachers_beside_networks_without_one(tmp_path, capsys) -> None:
 
 def test_a_run_that_diverged_is_in_the_table() -> None:
     def result(seed, nll):
-        metrics = {compare.LAST: {"test/error": 0.5, "test/nll": nll}}
+        metrics = {runs.LAST: {"test/error": 0.5, "test/nll": nll}}
         return {"recipe": "digits", "method": "manifold", "seed": seed, "metrics": metrics, "seconds": 1.0}
 
     [row] = compare.summary([result(0, 1.0), result(1, float("nan")), result(2, 2.0)])
     assert (row["error %"], row["error % std"]) == (50, 0)
     assert math.isnan(row["NLL"])
     assert math.isnan(row["NLL std"])
-    compare.print_table([row])
+    compare.print_summary([row])
 
 
 def test_the_last_weights_give_the_last_number(tmp_path) -> None:
     main(["compare", "--seeds=0", "--methods=manifold", f"--out={tmp_path}", *TINY])
     (folder,) = (tmp_path / "runs").iterdir()
     result = json.loads((folder / "result.json").read_text())
-    cli = compare.Prepared(["--config", str(folder / "config.yaml")], run=False)
+    cli = Prepared(["--config", str(folder / "config.yaml")], run=False)
     cli.config.trainer.logger = False
     cli.make()
     cli.model.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
@@ -185,8 +185,8 @@ def test_methods_of_a_callback_in_the_yaml(tmp_path) -> None:
         "      init_args: {alpha: 3.0, layers: [model.layer1]}\n"
     )
     found = {}
-    for method in compare.LABELS:
-        config = compare.Run(f"digits+{file}", method, 0, (), tmp_path).prepare().config
+    for method in recipes.METHODS:
+        config = runs.Run(f"digits+{file}", method, 0, (), tmp_path).prepare().config
         arguments = config.trainer.callbacks[0].init_args
         found[method] = (arguments.alpha, arguments.layers)
     assert found == {"none": (0, ["model.layer1"]), "input": (1, ["input"]), "manifold": (3, ["model.layer1"])}
@@ -194,10 +194,10 @@ def test_methods_of_a_callback_in_the_yaml(tmp_path) -> None:
 
 def test_rows_bring_their_own_methods(tmp_path) -> None:
     alphas = {
-        method: compare.Run("tinyimagenet-preactresnet18-manifold", method, 0, (), tmp_path)
+        method: runs.Run("tinyimagenet-preactresnet18-manifold", method, 0, (), tmp_path)
         .prepare()
         .config.model.init_args
-        for method in compare.LABELS
+        for method in recipes.METHODS
     }
     assert {method: arguments.alpha for method, arguments in alphas.items()} == {
         "none": 0,
@@ -220,3 +220,63 @@ def test_bad_usage(args, message, capsys) -> None:
         main(["compare", *args])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+class Arguments(dict):
+    """What a parsed configuration is to `set_method`: names and items are the same."""
+
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+def test_the_clean_loss_is_added_to_a_callback_of_the_recipe() -> None:
+    own = Arguments(
+        class_path="lightning_manifold_mixup.ManifoldMixupCallback", init_args=Arguments(alpha=3.0, layers=["input"])
+    )
+    other = Arguments(class_path="lightning.pytorch.callbacks.Timer", init_args=Arguments())
+    config = Arguments(trainer=Arguments(callbacks=[other, own]), model=Arguments())
+    runs.set_method(config, "manifold+clean")
+    assert config.trainer.callbacks == [other, own]
+    assert own.init_args == {"alpha": 3.0, "layers": ["input"], "clean_weight": 1.0}
+
+
+def test_the_clean_loss_is_added_to_a_module_that_brings_the_callback() -> None:
+    module = Arguments(init_args=Arguments(alpha=2.0, layers=["model.layer1"]))
+    config = Arguments(trainer=Arguments(callbacks=None), model=module)
+    runs.set_method(config, "manifold+clean")
+    [callback] = config.trainer.callbacks
+    assert callback.class_path == "lightning_manifold_mixup.ManifoldMixupCallback"
+    assert callback.init_args.as_dict() == {"alpha": 2.0, "layers": ["model.layer1"], "clean_weight": 1.0}
+    assert module.init_args == {"alpha": 2.0, "layers": ["model.layer1"]}
+    semi = Arguments(init_args=Arguments(alpha_labelled=1.0, alpha_unlabelled=2.0, layers=["input"]))
+    with pytest.raises(UsageError, match="one alpha, got one with alpha_labelled, alpha_unlabelled"):
+        runs.set_method(Arguments(trainer=Arguments(callbacks=None), model=semi), "manifold+clean")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_calibration_and_regression_in_the_table(tmp_path, capsys) -> None:
+    shorter = ["--trainer.check_val_every_n_epoch=1", "--trainer.num_sanity_val_steps=0"]
+    main(["compare", "--config=digits-calibration", "--seeds=0", f"--out={tmp_path / 'a'}", *TINY, *shorter])
+    rows = rows_of(tmp_path / "a" / "compare.csv")
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("a/runs/*/result.json")]
+    assert len(rows) == 6  # after the last epoch, and after the best one
+    for result in results:
+        [row] = [
+            row
+            for row in rows
+            if row["method"] == runs.LABELS[result["method"]] and row["tested after"] == "last epoch"
+        ]
+        metrics = result["metrics"]["last epoch"]
+        assert float(row["NLL, scaled"]) == pytest.approx(metrics["test_calibration/data_scaled_nll"])
+        assert float(row["ECE %, scaled"]) == pytest.approx(100 * metrics["test_calibration/data_scaled_ece"])
+        assert float(row["AUROC %, noise"]) == pytest.approx(100 * metrics["test_calibration/noise_auroc"])
+    assert "interpolation" not in capsys.readouterr().out
+    main(["compare", "--config=diabetes", "--seeds=0,1", f"--out={tmp_path / 'b'}", "--trainer.max_epochs=1"])
+    rows = rows_of(tmp_path / "b" / "compare.csv")
+    assert [row["method"] for row in rows] == [runs.LABELS[method] for method in recipes.METHODS]
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("b/runs/*none*/result.json")]
+    mean = statistics.mean(result["metrics"]["last epoch"]["test/rmse"] for result in results)
+    assert float(rows[0]["RMSE"]) == pytest.approx(mean)

@@ -6,11 +6,8 @@ import yaml
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup.cli import recipes as command
-from lightning_manifold_mixup.cli.compare import Prepared
+from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
-
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 PARN_S = ["input", "model.layer1", "model.layer2"]
 WRN_S = ["input", "model.layer1"]
@@ -142,6 +139,41 @@ def test_the_one_cycle_ends_with_the_last_epoch(name: str) -> None:
     images = 1000 if name == "digits" else 10 * data["labels_per_class"]
     steps = config["trainer"]["max_epochs"] * images // data["batch_size"]
     assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"), [("digits-calibration", 800), ("shapes", 100)], ids=["digits-calibration", "shapes"]
+)
+def test_other_schedules_end_with_the_last_epoch(name: str, samples: int) -> None:
+    config = recipes.read(recipes.layers_of(name))
+    steps = config["trainer"]["max_epochs"] * samples // config["data"]["init_args"]["batch_size"]
+    schedule = config["model"]["init_args"]["lr_scheduler"]["init_args"]
+    assert steps in (schedule.get("total_steps"), schedule.get("T_max"))
+
+
+@pytest.mark.parametrize(
+    "name", ["diabetes", "diabetes-overfit", "friedman", "shapes", "shapes-input", "digits-calibration"]
+)
+def test_a_recipe_trains_and_tests(name: str, tmp_path) -> None:
+    options = ["--trainer.max_steps=2", "--trainer.num_sanity_val_steps=0", "--trainer.logger=false"]
+    cli = Prepared(["--config", name, *options, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    cli.make()
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["text", "text-embedding", "text-features", "text-lstm-tenth"])
+def test_text_recipes_on_a_file(name: str, tmp_path) -> None:
+    file = tmp_path / "reviews.tsv"
+    file.write_text("label\ttext\n" + "good\tfine and dandy\nbad\tawful stuff\n" * 100)
+    options = ["--trainer.max_steps=2", "--trainer.logger=false", f"--data.init_args.train_file={file}"]
+    cli = Prepared(["--config", name, *options, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    cli.make()
+    assert cli.model.model.embedding.num_embeddings == 5 + 2
+    assert cli.model.model.linear.out_features == 2
+    assert type(cli.model.model).__name__ == ("TextLSTM" if "lstm" in name else "TextConvNet")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
 
 
 def test_layers_by_plus_and_by_file(tmp_path) -> None:

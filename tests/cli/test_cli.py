@@ -15,12 +15,10 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
-from lightning_manifold_mixup.cli import app as cli
-from lightning_manifold_mixup.cli.app import main, print_results
+from lightning_manifold_mixup.cli import main
+from lightning_manifold_mixup.cli.terminal import DEBUG, short_errors
+from lightning_manifold_mixup.cli.training import ManifoldMixupCLI, print_results
 from lightning_manifold_mixup.paper import recipes
-
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 MANIFOLD_MIXUP = [sys.executable, "-m", "lightning_manifold_mixup"]
 TINY = ["--trainer.max_epochs=1", "--model.init_args.model.init_args.initial_channels=2"]
@@ -179,15 +177,15 @@ def test_bad_usage_is_said_shortly(args, message, capsys) -> None:
 
 
 def test_the_traceback_can_be_had(monkeypatch) -> None:
-    monkeypatch.setenv(cli.DEBUG, "1")
+    monkeypatch.setenv(DEBUG, "1")
     with pytest.raises(FileNotFoundError):
         main(["fit", "--config=digit"])
 
 
 def test_errors_of_the_users_code_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), cli.short_errors():
+    with pytest.raises(ZeroDivisionError), short_errors():
         1 / 0  # noqa: B018
-    with pytest.raises(ValueError, match="literal"), cli.short_errors():
+    with pytest.raises(ValueError, match="literal"), short_errors():
         int("x")
 
 
@@ -221,7 +219,7 @@ def test_validate_test_and_predict(capsys, tmp_path) -> None:
 
 
 class Data(LightningDataModule):
-    """Says what it has in `__init__`, as most do."""
+    """Sets its attributes in `__init__`, as most do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,38 +229,66 @@ class Data(LightningDataModule):
 class Wanting(LightningModule):
     def __init__(self, num_classes: int, hidden: int = 3) -> None:
         super().__init__()
+        self.num_classes = num_classes
+
+
+class Content(Wanting):
+    """Hands its arguments on, and has a default of its own for them."""
+
+    def __init__(self, num_classes: int = 4, **kwargs) -> None:
+        super().__init__(num_classes, **kwargs)
+
+
+class Handing(Wanting):
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+
+
+def made(*args: str):
+    return ManifoldMixupCLI([*args, "--trainer.logger=false"], run=False)
 
 
 @pytest.mark.parametrize(
     ("model", "data", "expected"),
     [
-        ({"class_path": f"{__name__}.Wanting"}, Data, [("num_classes", "model.init_args.num_classes")]),
-        ({"class_path": f"{__name__}.Wanting", "init_args": {"num_classes": 5}}, Data, []),  # said already
-        ({"class_path": f"{__name__}.Wanting"}, BoringDataModule, []),  # not known
-        ({"class_path": f"{__name__}.BoringModel"}, Data, []),  # not wanted
-        (  # a function in place of a class has to be told
-            {
-                "class_path": "lightning_manifold_mixup.ManifoldMixupModule",
-                "init_args": {"model": {"class_path": "torchvision.models.resnet18"}},
-            },
-            Data,
-            [("num_classes", "model.init_args.num_classes")],
-        ),
+        ([f"{__name__}.Wanting"], Data, 7),
+        ([f"{__name__}.Wanting", "--model.num_classes=5"], Data, 5),  # what the user says counts
+        ([f"{__name__}.Content"], Data, 7),
+        ([f"{__name__}.Content"], BoringDataModule, 4),  # the data does not know
+        ([f"{__name__}.Handing"], Data, 7),
+        (["BoringModel"], Data, None),  # the model does not ask
     ],
 )
-def test_only_what_is_wanted_known_and_unsaid_is_linked(model, data, expected) -> None:
-    config = {"model": model, "data": {"class_path": f"{__name__}.{data.__name__}"}}
-    assert cli.links(config) == expected
+def test_the_data_tells_what_is_wanted_and_not_set(model, data, expected) -> None:
+    cli = made(f"--model={model[0]}", *model[1:], f"--data={__name__}.{data.__name__}")
+    assert getattr(cli.model, "num_classes", None) == expected
+
+
+def test_a_function_makes_the_network_and_the_data_tells_the_module() -> None:
+    cli = made(
+        "--model.model.class_path=torchvision.models.resnet18",
+        "--model.model.init_args.num_classes=7",
+        f"--data={__name__}.Data",
+    )
+    assert cli.model.model.fc.out_features == 7
+    assert cli.model.test_metrics["ece"].num_classes == 7
+
+
+def test_what_neither_data_nor_user_say_is_asked_for(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--model={__name__}.Wanting", f"--data={__name__}.BoringDataModule", "--trainer.logger=false"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("BoringDataModule has no such attribute: set model.init_args.num_classes.")
 
 
 def test_the_data_tells_the_model_its_sizes() -> None:
-    made = cli.ManifoldMixupCLI(["--config=digits", "--trainer.logger=false"], run=False)
-    assert made.model.model.conv1.in_channels == 1
-    assert made.model.model.linear.out_features == 10
+    cli = made("--config=digits")
+    assert cli.model.model.conv1.in_channels == 1
+    assert cli.model.model.linear.out_features == 10
     flat = ["--data.init_args.flatten=true", "--model.init_args.model=lightning_manifold_mixup.paper.models.MLP"]
-    layers = ["--model.init_args.layers=auto", "--trainer.logger=false"]
-    made = cli.ManifoldMixupCLI(["--config=digits", *flat, *layers], run=False)
-    assert made.model(torch.zeros(2, 64)).shape == (2, 10)
+    cli = made("--config=digits", *flat, "--model.init_args.layers=auto")
+    assert cli.model(torch.zeros(2, 64)).shape == (2, 10)
 
 
 def test_any_module_and_any_data(capsys) -> None:

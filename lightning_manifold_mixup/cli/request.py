@@ -1,0 +1,145 @@
+"""What a command line asks for, found before its parser is built: which classes, and what the data tells the model.
+
+`num_classes` and the like need not be set where the data module knows them: they are links of jsonargparse. A link has
+to be made before anything is parsed, and jsonargparse's own cannot be made for every model: it fails if the class lacks
+the argument, or if a function makes the network, and it overrides what the user has set. Hence this look ahead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from pydoc import locate
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.inheritance import get_all_subclasses
+from torch import nn
+
+from lightning_manifold_mixup.cli.terminal import UsageError
+from lightning_manifold_mixup.paper import recipes
+
+__all__ = ["LINKED", "asked_for", "class_of", "links", "value"]
+
+LINKED = ("num_classes", "in_channels", "in_features", "vocabulary_size")
+"""Arguments of a model, or of its network, that are taken from attributes of the data module."""
+
+
+def asked_for(args: Sequence[str]) -> dict[str, Any]:
+    """Merge what files and options say about model and data.
+
+    Args:
+        args: a command line.
+
+    Returns:
+        A configuration as in YAML; later arguments override earlier ones.
+
+    Raises:
+        FileNotFoundError: for an unknown recipe.
+        UsageError: for `--config` without a value.
+
+    Example:
+        >>> asked_for(["--model", "Mine", "--model.init_args.alpha=0", "--data.batch_size", "5"])
+        {'model': {'class_path': 'Mine', 'init_args': {'alpha': 0}}, 'data': {'init_args': {'batch_size': 5}}}
+    """
+    config: dict[str, Any] = {}
+    for index, arg in enumerate(args):
+        option, equals, text = arg.partition("=")
+        text = text if equals else args[index + 1] if index + 1 < len(args) else ""
+        if option in ("-c", "--config"):
+            if not text:
+                raise UsageError(f"Expected a file or the name of a recipe after {option}, got nothing.")
+            config = recipes.merge(config, recipes.read(recipes.layers_of(text)))
+        elif option.startswith(("--model", "--data")):
+            head, *keys = option[2:].split(".")
+            if not keys and not text.lstrip().startswith("{"):
+                keys = ["class_path"]
+            elif keys and keys[0] not in ("class_path", "init_args", "dict_kwargs"):
+                keys.insert(0, "init_args")
+            layer: Any = yaml.safe_load(text) if text else None
+            for key in reversed([head, *keys]):
+                layer = {key: layer}
+            config = recipes.merge(config, layer)
+    return config
+
+
+def value(config: Any, key: str) -> Any:
+    """Look a dotted key up in nested dicts; None if it is missing.
+
+    Example:
+        >>> value({"model": {"class_path": "Mine"}}, "model.class_path")
+        'Mine'
+    """
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def class_of(path: Any, base: type) -> Any:
+    """Find the class or function of a `class_path`; None if it cannot be found.
+
+    Args:
+        path: a dotted path, or the name alone of an imported subclass of `base`.
+        base: what is wanted.
+
+    Example:
+        >>> class_of("ManifoldMixupModule", LightningModule).__name__
+        'ManifoldMixupModule'
+    """
+    if not isinstance(path, str):
+        return None
+    if "." in path:
+        return locate(path)
+    return next((known for known in get_all_subclasses(base) if known.__name__ == path), None)
+
+
+def links(config: dict[str, Any]) -> list[tuple[str, Callable[[Any], Any]]]:
+    """Find what the data module has to tell the model.
+
+    Args:
+        config: as `asked_for` returns it.
+
+    Returns:
+        For each argument that the model or its network takes and nobody has set: its key, and a function that reads the
+        value from the data module.
+
+    Example:
+        >>> [key for key, _ in links(recipes.read(recipes.layers_of("digits")))]  # doctest: +NORMALIZE_WHITESPACE
+        ['model.init_args.num_classes', 'model.init_args.model.init_args.num_classes',
+         'model.init_args.model.init_args.in_channels']
+    """
+    found: list[tuple[str, Callable[[Any], Any]]] = []
+    for name in LINKED:
+        for prefix, base in (("model", LightningModule), ("model.init_args.model", nn.Module)):
+            parameter = _parameter(class_of(value(config, f"{prefix}.class_path"), base), name)
+            key = f"{prefix}.init_args.{name}"
+            if parameter is not None and value(config, key) is None:
+                found.append((key, partial(_read, parameter, prefix)))
+    return found
+
+
+def _parameter(target: Any, name: str) -> inspect.Parameter | None:
+    """The argument of a class that has that name, its own or (through `**kwargs`) that of a base class."""
+    if not isinstance(target, type):
+        return None
+    for base in target.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        if name in parameters:
+            return parameters[name]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            return None
+    return None
+
+
+def _read(parameter: inspect.Parameter, prefix: str, data: Any) -> Any:
+    value = getattr(data, parameter.name, parameter.default)
+    if value is inspect.Parameter.empty:
+        raise UsageError(
+            f"The model needs {parameter.name}, and {type(data).__name__} has no such attribute: set "
+            f"{prefix}.init_args.{parameter.name}."
+        )
+    return value

@@ -1,0 +1,67 @@
+"""What all commands share: names, and errors in one line. It imports no other file of this folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_manifold_mixup._step.targets import MixingError
+
+__all__ = ["DEBUG", "PROGRAM", "RUNS", "UsageError", "short_errors"]
+
+PROGRAM = "manifold-mixup"
+RUNS = "manifold_mixup_runs"
+"""Folder of logs and results, below the current one."""
+
+DEBUG = "MANIFOLD_MIXUP_DEBUG"
+"""Environment variable; 1 shows tracebacks."""
+
+
+class UsageError(ValueError):
+    """The command line asks for something that cannot be done; the message says why."""
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Run a block; if it raises an error that the user can mend, print one line and end the process.
+
+    Those are the errors of this package and of Lightning's checks, and missing files and packages. With
+    `MANIFOLD_MIXUP_DEBUG=1` in the environment they keep their traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get(DEBUG) or (cause := _users_error(error)) is None:
+            raise
+        print(f"{PROGRAM}: error: {cause}", file=sys.stderr)
+        if not isinstance(cause, UsageError):
+            print(f"({DEBUG}=1 shows where it comes from)", file=sys.stderr)
+        sys.exit(2)
+
+
+_USERS = (UsageError, MixingError, MisconfigurationException, FileNotFoundError, ModuleNotFoundError)
+
+
+def _users_error(error: BaseException | None) -> BaseException | None:
+    """Find the first error in the chain of causes that the user can mend; None if there is none."""
+    while error is not None and not isinstance(error, _USERS):
+        if isinstance(error, ValueError) and _raised_in_package(error):
+            return error
+        error = error.__cause__
+    return error
+
+
+def _raised_in_package(error: BaseException) -> bool:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    package = str(Path(__file__).parents[1])
+    return traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(package)

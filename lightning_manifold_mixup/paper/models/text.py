@@ -1,0 +1,147 @@
+"""Networks on token ids: convolutional (Kim 2014) and recurrent.
+
+The layers to mix are ``embedding``, where sentences are mixed word by word, and ``features``, one vector a sentence.
+Both networks see from the output of the embedding, whose padding is zero, where a sentence ends. Where two sentences
+are mixed at the embedding, the longer one decides, and there is no mask to be mixed beside it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+__all__ = ["TextConvNet", "TextLSTM"]
+
+
+class TextConvNet(nn.Module):
+    """Convolutions over words with several widths, and the largest value of each over the sentence (Kim 2014).
+
+    Args:
+        vocabulary_size: number of token ids; 0 is padding.
+        num_classes: number of logits.
+        embedding_dim: numbers for a word.
+        channels: filters of each width.
+        widths: words that a filter sees.
+        dropout: of the features, before the last layer.
+        embedding_dropout: of the embedding.
+
+    Shape:
+        input (n, length) int64, output (n, num_classes). ``embedding`` gives (n, length, embedding_dim), ``features``
+        (n, channels * len(widths)).
+
+    Source: Kim, "Convolutional Neural Networks for Sentence Classification", 2014, with random word vectors.
+
+    Example:
+        >>> model = TextConvNet(vocabulary_size=9, num_classes=2).eval()
+        >>> short, padded = model(torch.tensor([[3, 4]])), model(torch.tensor([[3, 4, 0, 0, 0]]))
+        >>> short.shape, torch.allclose(short, padded)
+        (torch.Size([1, 2]), True)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_classes: int,
+        embedding_dim: int = 100,
+        channels: int = 100,
+        widths: Sequence[int] = (3, 4, 5),
+        dropout: float = 0.5,
+        embedding_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_dim, padding_idx=0)
+        self.features = _Convolutions(embedding_dim, channels, widths, embedding_dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(channels * len(widths), num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (n, num_classes) of token ids (n, length)."""
+        return self.linear(self.dropout(self.features(self.embedding(tokens))))  # type: ignore[no-any-return]
+
+
+class TextLSTM(nn.Module):
+    """Bidirectional LSTM over the words, and the largest value of each state over the sentence.
+
+    Args:
+        vocabulary_size: number of token ids; 0 is padding.
+        num_classes: number of logits.
+        embedding_dim: numbers for a word.
+        hidden: width of the state in each direction.
+        dropout: of the features, before the last layer.
+        embedding_dropout: of the embedding.
+
+    Shape:
+        input (n, length) int64, output (n, num_classes). ``embedding`` gives (n, length, embedding_dim), ``features``
+        (n, 2 * hidden).
+
+    Example:
+        >>> model = TextLSTM(vocabulary_size=9, num_classes=2).eval()
+        >>> short, padded = model(torch.tensor([[3, 4]])), model(torch.tensor([[3, 4, 0, 0, 0]]))
+        >>> short.shape, torch.allclose(short, padded)
+        (torch.Size([1, 2]), True)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_classes: int,
+        embedding_dim: int = 100,
+        hidden: int = 64,
+        dropout: float = 0.5,
+        embedding_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_dim, padding_idx=0)
+        self.features = _Recurrence(embedding_dim, hidden, embedding_dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(2 * hidden, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (n, num_classes) of token ids (n, length)."""
+        return self.linear(self.dropout(self.features(self.embedding(tokens))))  # type: ignore[no-any-return]
+
+
+class _Convolutions(nn.Module):
+    """Word vectors (n, length, dim) to features (n, channels * len(widths)): convolution, ReLU, largest over time."""
+
+    def __init__(self, dim: int, channels: int, widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        # padded so that each word is the last of one window: a sentence shorter than a filter has windows too
+        self.convolutions = nn.ModuleList(nn.Conv1d(dim, channels, width, padding=width - 1) for width in widths)
+        self.widths = tuple(widths)
+
+    def forward(self, words: Tensor) -> Tensor:
+        length = _lengths(words)
+        words = self.dropout(words).transpose(1, 2)
+        pooled = []
+        for width, convolution in zip(self.widths, self.convolutions, strict=True):
+            states = convolution(words)
+            # the last window that holds a word begins at it, so there are length + width - 1 of them
+            ends = length + width - 1
+            beyond = torch.arange(states.shape[2], device=words.device) >= ends.unsqueeze(1)
+            pooled.append(states.masked_fill(beyond.unsqueeze(1), -torch.inf).amax(2).relu())
+        return torch.cat(pooled, 1)
+
+
+class _Recurrence(nn.Module):
+    """Word vectors (n, length, dim) to features (n, 2 * hidden): LSTM in both directions, largest over time."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(dim, hidden, batch_first=True, bidirectional=True)
+
+    def forward(self, words: Tensor) -> Tensor:
+        length = _lengths(words)
+        packed = pack_padded_sequence(self.dropout(words), length.cpu(), batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, padding_value=-torch.inf)
+        return states.amax(1)
+
+
+def _lengths(words: Tensor) -> Tensor:
+    """Words of each sentence (n,), at least 1, by the vectors (n, length, dim): those of the padding are zero."""
+    there = words.detach().ne(0).any(2)
+    position = torch.arange(1, words.shape[1] + 1, device=words.device)
+    return (there * position).amax(1).clamp(min=1)
