@@ -17,6 +17,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_warning_of_tqdm(monkeypatch):
+    """What transformers, where it is installed, says about a missing ipywidgets is no error of a notebook."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+
+
 def names():
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
