@@ -2,87 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
-from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, hand_plain_labels, metrics_of
-from lightning_manifold_mixup._step.leaks import Leaks
+from lightning_manifold_mixup._step.compiled import check_compiled
+from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext, Partners
+from lightning_manifold_mixup._step.fit import Fit, Options, Plan
+from lightning_manifold_mixup._step.host import Callback
+from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
+from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
+from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup._step.randomness import generator, global_seed
-from lightning_manifold_mixup._step.step import Keys, MixedStep, sample_of
-from lightning_manifold_mixup._step.targets import labellings
-from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers, observe, resolve_layers
-from lightning_manifold_mixup.mixing import Mix, MixingHook, check_alpha, draw_mix
+from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighted_layers
+from lightning_manifold_mixup.mixing import Draw, check_alpha
 
 
-@dataclass(frozen=True)
-class AlphaSchedule:
-    """An alpha that moves linearly from ``start`` to ``end`` over the first ``epochs`` epochs, and stays there.
-
-    Args:
-        start: alpha of the first epoch, >= 0; while it is 0, nothing is mixed.
-        end: alpha from epoch ``epochs`` on, >= 0.
-        epochs: length of the ramp, in epochs, >= 1.
-
-    Example:
-        >>> schedule = AlphaSchedule(start=0.0, end=2.0, epochs=4)
-        >>> [schedule(epoch) for epoch in range(6)]
-        [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
-    """
-
-    start: float
-    end: float
-    epochs: int
-
-    def __post_init__(self) -> None:
-        check_alpha(self.start)
-        check_alpha(self.end)
-        if self.epochs < 1:
-            raise ValueError(f"Expected a schedule of at least one epoch, got epochs={self.epochs}.")
-
-    def __call__(self, epoch: int) -> float:
-        """Alpha in an epoch, counted from 0."""
-        return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
-
-
-class ManifoldMixupCallback(pl.Callback):
+class ManifoldMixupCallback(Callback):
     """Trains any LightningModule with Manifold Mixup (Verma et al., ICML 2019, section 2).
 
-    For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a permutation of the batch; the
-    output of layer k is replaced by ``lam * h + (1 - lam) * h[partners]`` and every loss of the labels becomes
-    ``lam * loss(y) + (1 - lam) * loss(y[partners])``. Module, loss, metrics and data stay as they are. Validation,
-    test and predict are not touched.
+    For each training batch it draws a layer k from S, lam ~ Beta(alpha, alpha) and a partner for each sample; the
+    output of layer k is replaced by ``lam * h + (1 - lam) * h[partners]`` and every loss of the labels becomes ``lam *
+    loss(y) + (1 - lam) * loss(y[partners])``. Module, loss, metrics and data stay as they are. Validation, test and
+    predict are not touched.
 
-    Before backward it is checked that the state was mixed at layer k, and that a loss has used the mixed target. A
-    Trainer takes one such callback.
+    On the first batch, and now and then, it checks itself: two oracles run the user's own ``training_step`` on a copy
+    of the module, and tell whether the loss was right. Where labels in superposition cannot be exact, the step runs
+    once for each labelling. A Trainer takes one such callback.
 
     Args:
-        alpha: parameter of Beta(alpha, alpha), or a schedule of it (``{start: 0.2, end: 2.0, epochs: 20}`` in YAML). 2
-            is the paper's choice for CIFAR and SVHN. 0 switches mixing off: training is that without the callback, bit
-            for bit.
+        alpha: parameter of Beta(alpha, alpha); a pair (a, b) for Beta(a, b); or a schedule (``{start: 0.2, end: 2.0,
+            epochs: 20}`` in YAML). 2 is the paper's choice for CIFAR and SVHN. 0 switches mixing off: training is that
+            without the callback, bit for bit.
         layers: S, as names relative to the LightningModule (``"model.layer1"``), globs (``"model.layer*"``) and
-            ``"input"``. A layer that a skip connection bypasses is refused at the first batch. ``"auto"`` takes the
-            input and the first half of the network's stages, found by observing the first training batch, which is not
-            mixed.
+            ``"input"``; a dict gives each a weight (``{input: 1, model.layer1: 2}``). A layer that a skip connection
+            bypasses is refused at the first batch. ``"auto"`` takes the input and the first half of the network's
+            stages, found by observing the first training batch, which is not mixed.
         probability: share of the batches that are mixed.
         input_key: where the input is in a batch: an index or a name, with dots for nested batches (``"labelled.0"``),
             or a list of those for several inputs. None finds it. Only needed if S has the input.
-        target_key: where the target is, likewise.
+        target_key: where the targets are, likewise.
+        mask_key: where attention masks are, likewise. A state that is mixed across lengths needs the union of both
+            masks (MixText, SSMix); None finds ``attention_mask``.
+        target_modules: names of modules whose output is a target, such as a teacher: mixed with the same draw if k is
+            a hidden layer.
+        partners: chooses the partner of each sample, see ``partners.py``; None is a uniform permutation.
+        dominant: whether lam is folded to at least 1/2, so that a sample keeps the larger part of itself.
+        clean_weight: adds the loss of the unmixed batch with this weight (RegMixup, Pinto et al. 2022: 1.0). Metrics
+            and logs come from the unmixed batch then; the mixed one costs a second forward pass.
         batch_dim: the dimension of hidden states that counts the samples. None: the first of 0 and 1 with their number.
-        seed: of lam, permutation and k; None follows ``seed_everything``. The global generators are never used.
-        log_mixing: whether to log ``manifold_mixup/lam``, ``manifold_mixup/layer`` (the index of k in S) and the loss
-            for each layer, ``manifold_mixup/loss/<layer>``.
+        self_check: whether the oracles are asked. They cost a few forward passes on the first batch.
+        passes: ``"auto"`` runs the training step once for a batch where that is exact, else once for each labelling;
+            1 raises in that case, 2 runs it twice at once.
+        seed: of lam, partners and k; None follows ``seed_everything``. The global generators are never used.
+        log_mixing: whether to log ``manifold_mixup/lam``, ``/alpha``, ``/layer`` (the index of k in S) and the loss for
+            each layer, ``/loss/<layer>``, and the settings as hyperparameters.
+
+    Attributes:
+        last_draw: the draw of the batch in progress (``.layer``, ``.mix``); None where it is not mixed.
 
     Raises:
         ValueError: for a wrong argument, at construction; for layers or batch keys that are not there, in fit.
@@ -90,17 +73,27 @@ class ManifoldMixupCallback(pl.Callback):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[ManifoldMixupCallback(alpha=2.0)])
+        >>> callback = ManifoldMixupCallback(alpha=2.0)
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[callback])
+        >>> print(callback)
+        Manifold Mixup: alpha 2.0, S = auto, not yet chosen
     """
 
     def __init__(
         self,
-        alpha: float | AlphaSchedule = 2.0,
-        layers: str | list[str] = "auto",
+        alpha: Alpha | AlphaSchedule = 2.0,
+        layers: str | Sequence[str] | Mapping[str, float] = "auto",
         probability: float = 1.0,
-        input_key: int | str | list[int | str] | None = None,
-        target_key: int | str | list[int | str] | None = None,
+        input_key: KeyOrKeys = None,
+        target_key: KeyOrKeys = None,
+        mask_key: KeyOrKeys = None,
+        target_modules: Sequence[str] = (),
+        partners: Partners | None = None,
+        dominant: bool = False,
+        clean_weight: float = 0.0,
         batch_dim: int | None = None,
+        self_check: bool = True,
+        passes: Passes = "auto",
         seed: int | None = None,
         log_mixing: bool = False,
     ) -> None:
@@ -110,40 +103,136 @@ class ManifoldMixupCallback(pl.Callback):
             raise ValueError(f"Expected a probability in [0, 1], got {probability}.")
         if not layers:
             raise ValueError("Expected at least one layer to mix, got none. Name some, or use layers='auto'.")
+        if passes not in ("auto", 1, 2):
+            raise ValueError(f"Expected passes to be 'auto', 1 or 2, got {passes!r}.")
+        if not clean_weight >= 0:
+            raise ValueError(f"Expected clean_weight to be a number >= 0, got {clean_weight}.")
         self.alpha = alpha
         self.layers = layers
         self.probability = probability
-        self.input_key = input_key
-        self.target_key = target_key
+        self.input_key, self.target_key, self.mask_key = input_key, target_key, mask_key
+        self.target_modules = target_modules
+        self.partners = partners
+        self.dominant = dominant
+        self.clean_weight = clean_weight
         self.batch_dim = batch_dim
+        self.self_check = self_check
+        self.passes = passes
         self.seed = seed
         self.log_mixing = log_mixing
-        self._keys = Keys(inputs=_listed(input_key), targets=_listed(target_key))
-        self._plan = _Plan()
-        self._hooks: _Hooks | None = None
-        self._step: MixedStep | None = None
+        self.last_draw: Draw | None = None
+        self._keys = Keys(input_key, target_key, mask_key)
+        self._plan = Plan()
+        self._fit: Fit | None = None
+        self._announced = False
+
+    # --------------------------------------------------------------------------------------------- to be overridden
 
     def should_mix(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """When to mix. Override it, for instance to leave the last epochs unmixed; the same on all ranks."""
         return True
 
-    # ------------------------------------------------------------------------------------------ the life of a fit
+    def draw(self, context: DrawContext) -> Draw:
+        """Draws k, lam and the partners of one batch. Override it to choose them; k must be the same on all ranks.
+
+        Example:
+            >>> class Nearest(ManifoldMixupCallback):
+            ...     def draw(self, context):
+            ...         order = context.targets.argsort().roll(1)
+            ...         return Draw(context.draw_layer(), Mix(context.draw_mix().lam, order))
+        """
+        return context.draw()
+
+    # -------------------------------------------------------------------------------------------- the life of a batch
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._disarm()
+        alpha = self.alpha(trainer.current_epoch) if isinstance(self.alpha, AlphaSchedule) else self.alpha
+        if self._fit is None or alpha == 0 or not self.should_mix(trainer, batch_idx):
+            return
+        count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        shared = generator(self._plan.seed, count, stream=0)
+        own = generator(self._plan.seed, count, stream=1 + trainer.global_rank)
+        if shared.random() >= self.probability:
+            return
+        places = self._keys.locate(batch, self.batch_dim)
+        targets = places.targets_of(batch)
+        contexts = [
+            DrawContext(
+                n=places.samples(batch, group),
+                targets=targets[0] if len(targets) == 1 else targets,
+                batch=batch,
+                layers=self._plan.layers or {},
+                alpha=alpha,
+                epoch=trainer.current_epoch,
+                shared=shared,
+                own=own,
+                partners=self.partners,
+                dominant=self.dominant,
+                rows=places.rows_of(batch),
+            )
+            for group in range(len(places.groups))
+        ]
+        if not self._announced and contexts[0].n == 1:
+            rank_zero_warn("Manifold Mixup: the batch has one sample, so there is no partner to mix it with.")
+        device = places.sample_of(batch).device
+        if self._plan.layers is None:  # layers="auto": this batch is observed as it is
+            self._fit.arm(None, tuple(context.draw_mix().to(device) for context in contexts), places)
+        else:
+            self._announce(places)
+            self.last_draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
+            others = [type(draw.mix)(draw.mix.lam, context.draw_mix().partners) for context in contexts[1:]]
+            self._fit.arm(draw.layer, tuple(mix.to(device) for mix in (draw.mix, *others)), places)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._check_halves()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fit is not None and pl_module.automatic_optimization:
+            self._fit.disarm_hooks()
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._check_halves()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._announced and self._plan.layers is not None and self._fit is not None and self._fit.step:
+            self._announce(self._fit.step.site.places)
+        if self.log_mixing:
+            forget(trainer)
+            if self.last_draw is not None:
+                values = values_of(self.last_draw, list(self._plan.layers or ()), self._alpha_of(trainer), outputs)
+                n = len(self.last_draw.mix.partners)
+                self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
+        self._disarm()
+
+    # ------------------------------------------------------------------------------------------------ the life of a fit
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks = [c for c in trainer.callbacks if isinstance(c, ManifoldMixupCallback)]  # type: ignore[attr-defined]
         if len(callbacks) > 1:
             raise MisconfigurationException(
-                f"Expected one ManifoldMixupCallback in the Trainer, got {len(callbacks)}: a batch is mixed once. A "
-                "ManifoldMixupModule brings its own; give it alpha=0 to use another."
+                f"Expected one ManifoldMixupCallback in the Trainer, got {len(callbacks)}: a batch is mixed once. "
+                f"{' | '.join(map(str, callbacks))}. A ManifoldMixupModule brings its own; give it alpha=0 to use "
+                "another."
             )
         if stage == "fit" and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
                 "Expected a `training_step(batch, batch_idx)`, got one that takes its batches from `dataloader_iter`: "
                 "they cannot be mixed on the way. Take `batch` as the argument."
             )
-        if stage == "fit":  # a resumed run loads its plan after this; another network needs another one
-            self._plan = _Plan()
+        if stage == "fit":
+            check_compiled(pl_module)
+            self._plan = Plan()  # a resumed run loads its plan after this; another network needs another one
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,56 +242,26 @@ class ManifoldMixupCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
         self._make_plan(trainer, pl_module)  # again: sharded strategies load checkpoints after on_fit_start
+        self._announced = False
         if self.alpha == 0 or self.probability == 0:
+            rank_zero_info(f"{self}: nothing is mixed.")
             return
-        self._hooks = _Hooks(pl_module)
-        self._hooks.add_metrics()
-        if self._plan.layers is not None:
-            self._hooks.add_layers(self._plan.layers, self.batch_dim)
-            self._hooks.add_criteria(self._plan.criteria)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._disarm()
-        alpha = self.alpha(trainer.current_epoch) if isinstance(self.alpha, AlphaSchedule) else self.alpha
-        if self._hooks is None or alpha == 0 or not self.should_mix(trainer, batch_idx):
-            return
-        count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        shared = generator(self._plan.seed, count, stream=0)
-        own = generator(self._plan.seed, count, stream=1 + trainer.global_rank)
-        if shared.random() >= self.probability:
-            return
-        sample = sample_of(batch, self._keys)
-        if self._plan.layers is None:  # layers="auto": this batch is observed as it is
-            layer, mix = None, Mix(torch.tensor(1.0), torch.arange(len(sample)))
-        else:
-            layer = self._plan.layers[shared.integers(len(self._plan.layers))]
-            mix = draw_mix(len(sample), alpha, own)
-        hook = self._hooks.layers.get(layer) if layer else None
-        self._step = MixedStep(
-            pl_module, self._keys, mix.to(sample.device), self._hooks.metrics, layer, hook, self.batch_dim
+        if not self.self_check:
+            rank_zero_info("Manifold Mixup: self_check=False, so its training steps are not checked by the oracles.")
+        options = Options(
+            self._keys,
+            self.batch_dim,
+            tuple(self.target_modules),
+            self.self_check,
+            self.passes,
+            self.clean_weight,
         )
-        self._step.arm(None if self._plan.checked else self._observer(self._step, trainer))
+        self._fit = Fit(trainer, pl_module, options, self._plan)
 
     @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._step is not None:
-            self._step.check_halves()
-
-    @override
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if self._step is not None:
-            self._step.check_halves()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._step is not None and self.log_mixing:
-            self._log(self._step, outputs)
-        self._disarm()
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fit is not None:
+            self._fit.leave()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -218,27 +277,48 @@ class ManifoldMixupCallback(pl.Callback):
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What the arguments say goes before what a checkpoint says."""
+        named = named_layers(pl_module)
+        for name in self.target_modules:
+            if name not in named:
+                raise ValueError(f"`target_modules`: {unknown_layer(name, pl_module)}")
         if self.layers != "auto":
-            names = resolve_layers(pl_module, [self.layers] if isinstance(self.layers, str) else self.layers)
-            if names != self._plan.layers:
-                self._plan = _Plan(layers=names, seed=self._plan.seed)
+            layers = weighted_layers(pl_module, self.layers)
+            if layers != self._plan.layers:
+                self._plan = Plan(layers=layers, seed=self._plan.seed, passes=self._plan.passes)
+        elif self._plan.layers is not None and any(name not in named for name in self._plan.layers if name != "input"):
+            self._plan.layers = None  # a checkpoint of a network with other names
         if self.seed is not None:
             self._plan.seed = self.seed
         elif self._plan.seed is None:
             self._plan.seed = trainer.strategy.broadcast(global_seed())
 
+    def _checked(self, draw: Draw, n: int) -> Draw:
+        if draw.layer not in (self._plan.layers or ()) or len(draw.mix.partners) != n:
+            raise ValueError(
+                f"Expected `draw` to give one of S = {list(self._plan.layers or ())} and {n} partners, got layer "
+                f"{draw.layer!r} and {len(draw.mix.partners)} partners."
+            )
+        return draw
+
+    def _check_halves(self) -> None:
+        if self._fit is not None and self._fit.step is not None:
+            self._fit.step.check_halves()
+
     def _disarm(self) -> None:
-        if self._step is not None:
-            self._step.disarm()
-            self._step = None
+        self.last_draw = None
+        if self._fit is not None:
+            self._fit.disarm()
 
     def _restore(self) -> None:
         self._disarm()
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
+        if self._fit is not None:
+            self._fit.close()
+            self._fit = None
 
-    # ------------------------------------------------------------------------------------------- checkpoints, copies
+    def _alpha_of(self, trainer: pl.Trainer) -> Any:
+        return self.alpha(trainer.current_epoch) if isinstance(self.alpha, AlphaSchedule) else self.alpha
+
+    # ------------------------------------------------------------------------------------- checkpoints, copies, words
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -246,151 +326,32 @@ class ManifoldMixupCallback(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._plan = _Plan(**state_dict)
+        known = {name: state_dict.get(name) for name in vars(Plan())}
+        if isinstance(known["layers"], list):
+            known["layers"] = dict.fromkeys(known["layers"], 1.0)
+        self._plan = Plan(**known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_hooks": None, "_step": None}
+        return vars(self) | {"_fit": None}
 
-    # -------------------------------------------------------------------------------------------- the first batch
+    @property
+    def layers_(self) -> list[str] | None:
+        """S, by name; None until it is chosen."""
+        return None if self._plan.layers is None else list(self._plan.layers)
 
-    def _observer(self, step: MixedStep, trainer: pl.Trainer) -> Callable[..., Any]:
-        """Wraps the first training step that is mixed: the layers are checked on it, or chosen."""
+    def __str__(self) -> str:
+        how = " (auto)" if self.layers == "auto" else ""
+        chosen = "auto, not yet chosen" if self.layers_ is None else f"{{{', '.join(self.layers_)}}}{how}"
+        if self.layers_ is None and self.layers != "auto":
+            chosen = f"{self.layers}"
+        return f"Manifold Mixup: alpha {self.alpha}, S = {chosen}"
 
-        def observer(training_step: Callable[..., Any]) -> Callable[..., Any]:
-            def observed(batch: Any, *args: Any, **kwargs: Any) -> Any:
-                targets = self._keys.find_targets(batch)
-                labels = [part for key in targets for part in labellings(batches.get(batch, key))]
-                with ExitStack() as stack:
-                    criteria = {name: CriterionHooks() for name in criterion_candidates(step.module)}
-                    for name, hooks in criteria.items():
-                        hooks.register(named_layers(step.module)[name], stack)
-                    seen = stack.enter_context(
-                        observe(
-                            step.module,
-                            inputs=list(batches.without(batch, targets)),
-                            targets=labels,
-                            batch_size=len(labels[0]),
-                            batch_dim=self.batch_dim,
-                        )
-                    )
-                    leaks = stack.enter_context(Leaks())
-                    output = training_step(batch, *args, **kwargs)
-                if leaks.found:
-                    raise step.leaked_target(leaks.found)
-                # None: the user skips this batch; under manual optimization it is what steps return.
-                if output is not None or not step.module.automatic_optimization:
-                    report = seen.report()
-                    if not report.sinks_found:
-                        if not step.loss_used_labels:
-                            raise step.unused_target()
-                        report = seen.report(outputs=output)  # a criterion took the labels where no tensor shows it
-                    self._settle(trainer, report, [name for name, hooks in criteria.items() if hooks.fired])
-                return output
-
-            return observed
-
-        return observer
-
-    def _settle(self, trainer: pl.Trainer, report: LayerReport, criteria: list[str]) -> None:
-        """Fixes S and the criteria for the rest of the fit, by what was observed."""
-        plan, hooks = self._plan, self._hooks
-        assert hooks is not None
-        if plan.layers is None:
-            plan.layers = trainer.strategy.broadcast(report.default)
-            self._announce(plan.layers)
-            hooks.add_layers(plan.layers, self.batch_dim)
-        elif refusals := [refusal for name in plan.layers if (refusal := report.refusal(name))]:
-            raise MisconfigurationException("\n".join(refusals))
-        for name, hook in hooks.layers.items():
-            row = report.row(name)
-            if report.batch_size > 1:  # of one sample no shape tells which dimension counts it
-                hook.settle(row.batch_dims)
-            sequence = any(len(shape) == 3 for shape in row.shapes)  # which may be time-major, as no image is
-            if row.ambiguous and sequence:
-                rank_zero_warn(
-                    f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The "
-                    f"samples are taken to be in dimension {row.batch_dim}; set `batch_dim` to say so, or otherwise."
-                )
-        plan.criteria = criteria
-        hooks.add_criteria(criteria)
-        plan.checked = True
-
-    def _announce(self, layers: list[str]) -> None:
-        why = "`manifold-mixup layers` and `print(eligible_layers(model, x))` show why"
-        if not layers:
-            raise MisconfigurationException(f"layers='auto' found no place where the whole state can be mixed; {why}.")
-        if layers == [INPUT]:
-            rank_zero_warn(f"layers='auto' found no eligible layer but the input, so this is input mixup; {why}.")
-        else:
-            rank_zero_info(
-                f"Manifold Mixup mixes each batch at one of S = {{{', '.join(layers)}}} (layers='auto'; {why})."
-            )
-
-    # ---------------------------------------------------------------------------------------------------- logging
-
-    def _log(self, step: MixedStep, outputs: Any) -> None:
-        if step.layer is None:
+    def _announce(self, places: Any) -> None:
+        if self._announced:
             return
-        assert self._plan.layers is not None
-        values: dict[str, Any] = {
-            "manifold_mixup/lam": step.mix.lam,
-            # Not a number: Lightning would copy it to the device, and wait for that.
-            "manifold_mixup/layer": torch.full_like(step.mix.lam, self._plan.layers.index(step.layer)),
-        }
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if loss is not None:
-            values[f"manifold_mixup/loss/{step.layer}"] = loss
-        n = len(step.mix.partners)
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
-
-
-@dataclass
-class _Plan:
-    """What is settled once, and saved in the checkpoint.
-
-    Attributes:
-        layers: S; None until the first batch has been observed.
-        checked: whether the layers of S have been found eligible, or been chosen.
-        criteria: names of the criterion modules that were handed labels in superposition.
-        seed: of all draws.
-    """
-
-    layers: list[str] | None = None
-    checked: bool = False
-    criteria: list[str] = field(default_factory=list)
-    seed: int | None = None
-
-
-class _Hooks:
-    """The hooks on the user's modules during a fit."""
-
-    def __init__(self, pl_module: nn.Module) -> None:
-        self._module = pl_module
-        self._named = named_layers(pl_module)
-        self._stack = ExitStack()
-        self.layers: dict[str, MixingHook] = {}
-        self.metrics: list[nn.Module] = []
-
-    def add_metrics(self) -> None:
-        self.metrics = list(metrics_of(self._module))
-        for metric in self.metrics:
-            self._stack.callback(metric.register_forward_pre_hook(hand_plain_labels, with_kwargs=True).remove)
-
-    def add_layers(self, names: list[str], batch_dim: int | None) -> None:
-        for name in names:
-            if name != INPUT:
-                self.layers[name] = MixingHook(batch_dim)
-                self._stack.callback(self._named[name].register_forward_hook(self.layers[name]).remove)
-        if compiled_parts(self._module):
-            self._stack.enter_context(fresh_graphs(len(names)))
-
-    def add_criteria(self, names: list[str]) -> None:
-        for name in names:
-            CriterionHooks().register(self._named[name], self._stack)
-
-    def remove(self) -> None:
-        self._stack.close()
-
-
-def _listed(key: int | str | list[int | str] | None) -> list[int | str | None]:
-    return list(key) if isinstance(key, list) else [key]
+        self._announced = True
+        keys = {"input": places.inputs, "targets": places.targets, "masks": places.masks}
+        parts = [f"{role} {', '.join(map(repr, found))}" for role, found in keys.items() if found]
+        rank_zero_info(", ".join([str(self), *parts]))
+        if self.log_mixing and self._fit is not None:
+            hyperparameters(self._fit.trainer.loggers, self)

@@ -8,36 +8,48 @@
 5. Take the loss against the mixed labels, and back-propagate.                 (:meth:`Mix.target`, ``targets.py``)
 
 Throughout this package **lam is the weight of the original sample**, and ``partners[i]`` is the partner of sample i.
+The paper draws one lam for a minibatch, and a permutation of it. One lam for each sample, and partners that repeat or
+are left out (``partners.py``), are mixed as rightly.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
-from lightning_manifold_mixup._step.interpolation import interpolate
-from lightning_manifold_mixup._step.targets import MixedTarget, MixingError, Superposition
+from lightning_manifold_mixup._step.dims import sample_dim
+from lightning_manifold_mixup._step.hooks import MixingHook
+from lightning_manifold_mixup._step.interpolation import interpolate_with_gradient
+from lightning_manifold_mixup._step.switches import mixing_opened
+from lightning_manifold_mixup._step.switches import unmixed as unmixed
+from lightning_manifold_mixup._step.targets import MixedTarget, MixingError
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mix:
     """One draw: how each sample of a minibatch is mixed with its partner.
 
     Attributes:
-        lam: weight of the original sample, 0-d float32 tensor in [0, 1].
-        partners: (n,) int64 tensor; ``partners[i]`` is the partner of sample i.
+        lam: weight of the original sample, a float32 or float64 tensor in [0, 1]: 0-d, or (n,) with one lam for each
+            sample.
+        partners: (n,) int64 tensor of indices into the batch; ``partners[i]`` is the partner of sample i. A permutation
+            is the fastest; a sample may also be the partner of several others, or of none.
+
+    Raises:
+        TypeError: if ``lam`` or ``partners`` is no tensor, or one of another dtype.
+        ValueError: for shapes that do not fit, and for values out of range. Values are looked at where that needs not
+            wait for a device: in tensors on the host.
 
     Example:
         >>> mix = Mix(lam=torch.tensor(0.75), partners=torch.tensor([1, 0]))
@@ -48,18 +60,29 @@ class Mix:
 
     lam: Tensor
     partners: Tensor
+    _permutation: bool = field(init=False, repr=False)  # known not to repeat: has the faster gradient
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_permutation", _check(self.lam, self.partners))
+
+    @classmethod
+    def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool) -> Mix:
+        """A mix of values that are known to be right."""
+        mix = object.__new__(cls)
+        vars(mix).update(lam=lam, partners=partners, _permutation=permutation)
+        return mix
 
     def __call__(self, h: T, batch_dim: int | Sequence[int] | None = None) -> T:
         """``lam * h + (1 - lam) * h[partners]`` (section 2, step 3), in the dtype of ``h``.
 
-        The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times; the backward
-        pass is the same operation with the inverse permutation, so it is deterministic and no activation is kept.
+        The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times with respect
+        to ``h``; the backward pass is deterministic, and keeps no activation.
 
         Args:
             h: hidden state with n samples: a floating point tensor, or tuples, lists, dicts and dataclasses of them
                 (outputs of an LSTM, of a model). Integer tensors and numbers within are left as they are.
             batch_dim: the dimension that counts the samples: one for all tensors, one for each, or None to find them
-                (:func:`batch_dims`).
+                (:func:`batch_dims`). A lam for each sample goes along it.
 
         Returns:
             The mixed state, in the structure of ``h``.
@@ -76,9 +99,7 @@ class Mix:
             dim = next(dims)
             if tensor.shape[dim] != n:
                 raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
-            if not (tensor.requires_grad and torch.is_grad_enabled()):  # labels, the input: spare what recording costs
-                return interpolate(tensor, self.lam, self.partners, dim)
-            return _Interpolate.apply(tensor, self.lam, self.partners, dim, False)  # type: ignore[no-any-return]
+            return interpolate_with_gradient(tensor, self.lam, self.partners, dim, self._permutation)
 
         return mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)  # type: ignore[return-value]
 
@@ -97,7 +118,6 @@ class Mix:
             TypeError: for float16 and complex targets.
             ValueError: if a tensor does not hold n samples.
         """
-        superposition = Superposition(self.lam)
 
         def mix(labels: Tensor) -> Tensor:
             n = len(self.partners)
@@ -113,26 +133,82 @@ class Mix:
                 )
             if labels.is_floating_point():
                 return self(labels, batch_dim=0)
-            return MixedTarget._superpose(labels, labels[self.partners], superposition)
+            return MixedTarget(labels, labels[self.partners], self.lam)
 
         return mix(y) if isinstance(y, Tensor) else apply_to_collection(y, Tensor, mix)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> Mix:
         """The same draw on another device; the copy does not wait for the device."""
-        if torch.device(device).type == "cpu":
-            return Mix(self.lam.to(device), self.partners.to(device))
-        host = (t.pin_memory() if t.device.type == "cpu" else t for t in (self.lam, self.partners))
-        return Mix(*(t.to(device, non_blocking=True) for t in host))
+        device = torch.device(device)
+        lam, partners = self.lam, self.partners
+        if device.type == "cuda":  # from pinned memory alone does a copy return before it is done
+            lam, partners = (t.pin_memory() if t.device.type == "cpu" else t for t in (lam, partners))
+        wait = device.type == "cpu"
+        lam, partners = (t.to(device, non_blocking=not wait) for t in (lam, partners))
+        return Mix._checked(lam, partners, self._permutation)
+
+
+def _check(lam: Any, partners: Any) -> bool:
+    """Refuses what is no draw, and tells whether ``partners`` is known to be a permutation."""
+    for name, value, dtypes, remedy in (
+        ("lam", lam, (torch.float32, torch.float64), "`torch.tensor(lam)`, `lam.float()`"),
+        ("partners", partners, (torch.int64,), "`torch.tensor(partners)`, `partners.long()`"),
+    ):
+        if not isinstance(value, Tensor) or value.dtype not in dtypes:
+            got = f"one of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__}: {value!r:.60}"
+            raise TypeError(f"Expected {name} to be a tensor of {' or '.join(map(str, dtypes))} ({remedy}), got {got}.")
+    if partners.ndim != 1:
+        raise ValueError(f"Expected partners of shape (n,), the partner of each sample, got {tuple(partners.shape)}.")
+    n = len(partners)
+    if lam.ndim and lam.shape != (n,):
+        raise ValueError(
+            f"Expected one lam, a 0-d tensor, or one for each of the {n} samples that have partners, shape ({n},), got "
+            f"shape {tuple(lam.shape)}."
+        )
+    if lam.requires_grad:
+        raise ValueError("Expected a lam that is drawn, got one that requires a gradient, which mixing does not give.")
+    if torch.compiler.is_compiling():
+        return False
+    # By NumPy, which takes a fraction of the time on numbers so few.
+    if (weights := _on_host(lam)) is not None and n and not (weights.min() >= 0 and weights.max() <= 1):
+        raise ValueError(f"Expected lam in [0, 1], the weight of the original sample, got {weights.tolist()}.")
+    if (indices := _on_host(partners)) is None:
+        return False
+    if n and not (indices.min() >= 0 and indices.max() < n):
+        raise ValueError(f"Expected partners in 0..{n - 1}, indices into the batch of {n}, got {indices.tolist()}.")
+    return n == 0 or bool(np.bincount(indices, minlength=n).max() == 1)
+
+
+def _on_host(tensor: Tensor) -> Any:
+    """The values as a NumPy array, None where reading them would wait for a device, or where there are none."""
+    return tensor.numpy() if type(tensor) is Tensor and tensor.device.type == "cpu" else None
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What was drawn for one batch.
+
+    Attributes:
+        layer: name of the layer k after which the states are mixed, relative to the module; ``"input"`` is layer 0.
+        mix: how they are mixed.
+
+    Example:
+        >>> Draw("model.layer1", Mix(torch.tensor(0.75), torch.tensor([1, 0]))).layer
+        'model.layer1'
+    """
+
+    layer: str
+    mix: Mix
 
 
 def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
-    """The dimensions of the floating point tensors in ``h`` that count its n samples.
+    """The dimensions of the floating point tensors in ``h`` that count its n samples (``_step/dims.py`` has the rule).
 
     Args:
         h: a hidden state; see :meth:`Mix.__call__`.
         n: number of samples.
-        batch_dim: None takes dimension 0, or dimension 1 where dimension 0 has another size (sequences of time-major
-            networks, the states of an LSTM).
+        batch_dim: None takes dimension 0, or dimension 1 of a tensor with three dimensions or more where dimension 0
+            has another size (sequences of time-major networks, the states of an LSTM).
 
     Raises:
         MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in
@@ -147,13 +223,11 @@ def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
     def find(tensor: Tensor) -> None:
         if not _is_state(tensor):
             return
-        candidates = (0, 1) if batch_dim is None else (batch_dim,)
-        found = [dim for dim in candidates if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == n]
-        views = batch_dim is None and n > 1 and tensor.shape[0] != n and tensor.shape[0] % n == 0
-        if not found or views:
+        dim = sample_dim(tensor.shape, n, batch_dim)
+        if dim is None:
             where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
             raise MixingError(_wrong_shape(tensor, n, where))
-        dims.append(found[0])
+        dims.append(dim)
 
     apply_to_collection(h, Tensor, find)
     if not dims:
@@ -173,18 +247,29 @@ def _wrong_shape(tensor: Tensor, n: int, where: str) -> str:
     )
 
 
-def draw_mix(n: int, alpha: float = 1.0, generator: torch.Generator | np.random.Generator | None = None) -> Mix:
+def draw_mix(
+    n: int,
+    alpha: float | Sequence[float] = 1.0,
+    generator: torch.Generator | np.random.Generator | None = None,
+    dominant: bool = False,
+    partners: Tensor | None = None,
+) -> Mix:
     """Draws lam ~ Beta(alpha, alpha) and a uniform permutation of n samples (section 2).
 
     Args:
         n: number of samples in the minibatch.
         alpha: parameter of the Beta distribution, > 0; 1 gives U(0, 1), larger values concentrate lam at 1/2. The paper
-            uses 2 for CIFAR and SVHN, 0.2 for Tiny-ImageNet. 0 is the limit: lam is 1 and nothing is mixed.
+            uses 2 for CIFAR and SVHN, 0.2 for Tiny-ImageNet. 0 is the limit: lam is 1 and nothing is mixed. A pair
+            (a, b) gives Beta(a, b), whose mean is a / (a + b).
         generator: where the randomness comes from. A torch generator is advanced by one draw; None uses torch's global
             one.
+        dominant: fold lam to max(lam, 1 - lam), so that the original sample weighs at least as much as its partner.
+        partners: (n,) int64 tensor that somebody has chosen, as a strategy of ``partners.py`` does, in place of the
+            permutation.
 
     Raises:
-        ValueError: for an alpha that is negative or not finite.
+        ValueError: for an alpha that is negative or not finite, for a pair with zeros, and for partners that are not n
+            indices into the batch.
 
     Example:
         >>> mix = draw_mix(4, alpha=2.0, generator=torch.Generator().manual_seed(0))
@@ -196,14 +281,27 @@ def draw_mix(n: int, alpha: float = 1.0, generator: torch.Generator | np.random.
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
         generator = np.random.default_rng(int(seed))
-    lam = generator.beta(alpha, alpha) if alpha > 0 else 1.0
-    return Mix(torch.tensor(lam, dtype=torch.float32), torch.from_numpy(generator.permutation(n)))
+    a, b = alpha if isinstance(alpha, Sequence) else (alpha, alpha)
+    weight = generator.beta(a, b) if a > 0 else 1.0
+    lam = torch.tensor(max(weight, 1 - weight) if dominant else weight, dtype=torch.float32)
+    if partners is None:
+        return Mix._checked(lam, torch.from_numpy(generator.permutation(n)), permutation=True)
+    mix = Mix(lam, partners)
+    if len(partners) != n:
+        raise ValueError(f"Expected partners of the {n} samples, got {len(partners)}.")
+    return mix
 
 
-def check_alpha(alpha: float) -> None:
-    """Refuses an alpha for which there is no Beta(alpha, alpha)."""
-    if not (isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"Expected alpha to be a finite number >= 0 (0 switches mixing off), got {alpha}.")
+def check_alpha(alpha: Any) -> None:
+    """Refuses an alpha for which there is no Beta(alpha, alpha), or Beta(a, b) for a pair (tuple, list, ListConfig)."""
+    pair = isinstance(alpha, Sequence) and not isinstance(alpha, str)
+    numbers = list(alpha) if pair else [alpha]
+    finite = all(isinstance(x, Real) and isfinite(x) for x in numbers)
+    if not finite or (len(numbers) != 2 or min(numbers) <= 0 if pair else alpha < 0):
+        raise ValueError(
+            "Expected alpha to be a finite number >= 0 (0 switches mixing off), or a pair (a, b) of numbers > 0 for "
+            f"Beta(a, b), got {alpha!r}."
+        )
 
 
 @contextmanager
@@ -233,111 +331,15 @@ def mixing(layer: nn.Module, mix: Mix, batch_dim: int | None = None) -> Iterator
         >>> loss.backward()
     """
     hook = MixingHook(batch_dim)
-    hook.mix = mix
+    hook.arm((mix,))
     handle = layer.register_forward_hook(hook)
     try:
-        yield
+        with mixing_opened():
+            yield
     finally:
         handle.remove()
-    if not hook.fired:
+    if not hook.calls:
         raise MixingError(
             f"{type(layer).__name__} was not called in training mode with gradients enabled inside `with mixing(...)`, "
             "so no state was mixed. Run the network inside the context, or choose a layer that its forward calls."
         )
-
-
-class MixingHook:
-    """Forward hook that mixes the output of its module while it holds a :class:`Mix`.
-
-    It may stay registered for good: torch.compile then sees the same hook each time, and compiles one graph for each
-    layer that is armed. A copy of the module (EMA, ``copy.deepcopy``) gets a hook that does nothing.
-
-    Attributes:
-        mix: the draw to apply; None lets every state through.
-        fired: whether a state has been mixed since this was last set to False.
-        observed: whether this batch is observed, so that a state that cannot be mixed is let through.
-    """
-
-    def __init__(self, batch_dim: int | None = None) -> None:
-        self.batch_dim = batch_dim
-        self.mix: Mix | None = None
-        self.fired = False
-        self.observed = False
-        # As found at the first batch: a later one may have as many samples as time steps, and not tell.
-        self._dims: list[int] | None = None
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The mixed output, or None to leave it as it is."""
-        if self.mix is None or not module.training or not is_training_forward():
-            return None
-        self.fired = True
-        if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
-            sequence, states = output
-            return self.mix(sequence, 0 if module.batch_first else 1), self.mix(states, 1)
-        n = len(self.mix.partners)
-        if self._dims is None and n > 1:
-            try:
-                self._dims = batch_dims(output, n, self.batch_dim)
-            except MixingError:
-                if self.observed:  # the report on this batch refuses the layer, and names better ones
-                    self.fired = False
-                    return None
-                raise
-        return self.mix(output, self._dims if self._dims is not None else self.batch_dim)
-
-    def settle(self, dims: Sequence[int | None]) -> None:
-        """Fixes the batch dimension of each tensor of the output, as observed."""
-        self._dims = [dim for dim in dims if dim is not None]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
-        return MixingHook(self.batch_dim)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(MixingHook(self.batch_dim))
-
-
-def is_training_forward() -> bool:
-    """Whether the forward pass that is running will be back-propagated through.
-
-    True if gradients are enabled, and inside a reentrant activation checkpoint: it runs its first forward under
-    ``no_grad``, and the one with gradients only in backward.
-
-    Example:
-        >>> with torch.no_grad():
-        ...     is_training_forward()
-        False
-    """
-    if torch.is_grad_enabled():
-        return True
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    frame = sys._getframe()
-    while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            # Reentrant checkpoints are differentiated through their tensor arguments alone.
-            return any(isinstance(a, Tensor) and a.requires_grad for a in frame.f_locals["args"])
-    return False
-
-
-class _Interpolate(torch.autograd.Function):
-    """``lam * h + (1 - lam) * h[partners]`` along ``dim``.
-
-    The transpose of that map is the map of the inverse permutation: sample j receives (1 - lam) times the gradient of
-    the one sample whose partner it is. So in backward, too, each sample is written once: no scatter with its random
-    order of sums, and the inverse permutation is never needed.
-    """
-
-    # Not the newer way with `setup_context`: it binds the arguments by the signature each time, which takes longer than
-    # mixing a small state.
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
-        ctx.save_for_backward(lam, partners)
-        ctx.dim, ctx.transposed = dim, transposed
-        return interpolate(h, lam, partners, dim, transposed)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # Recorded only for a second derivative: recording costs several times what mixing a small state does.
-        lam, partners = ctx.saved_tensors
-        mix = _Interpolate.apply if torch.is_grad_enabled() else interpolate
-        return mix(gradient, lam, partners, ctx.dim, not ctx.transposed), None, None, None, None

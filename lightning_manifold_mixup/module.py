@@ -12,7 +12,8 @@ from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetr
 from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import override
 
-from lightning_manifold_mixup.callback import AlphaSchedule, ManifoldMixupCallback
+from lightning_manifold_mixup._step.drawing import AlphaSchedule
+from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.losses import LossName, SoftLabelLossMixin
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line

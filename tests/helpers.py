@@ -100,8 +100,8 @@ class Draws(L.Callback):
         self.callback, self.drawn = callback, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        step = self.callback._step
-        self.drawn.append(None if step is None else (step.layer, step.mix.lam, step.mix.partners))
+        draw = self.callback.last_draw
+        self.drawn.append(None if draw is None else (draw.layer, draw.mix.lam, draw.mix.partners))
 
 
 def weights_of(module):

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
 
-from lightning_manifold_mixup import ManifoldMixupCallback, Mix, MixingError
+from lightning_manifold_mixup import ManifoldMixupCallback, Mix, MixingError, mixing
+from lightning_manifold_mixup._step.compiled import WHOLE_MODULE, limit_of_graphs, torch_version
 from lightning_manifold_mixup._step.targets import plain
 from tests.helpers import CLASSES, LAYERS, Classifier, Validated, assert_untouched, loader, trainer
 
@@ -48,6 +51,11 @@ def pair(cls=Classifier):
     return module, reference
 
 
+def rounded_otherwise(losses):
+    """A compiled graph has its gradient from plain operations, whose last bit may differ from that of `torch.lerp`."""
+    return pytest.approx(losses, rel=1e-6)
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 @pytest.mark.parametrize("validate", [False, True])
 def test_inner_network(how, validate):
@@ -59,7 +67,7 @@ def test_inner_network(how, validate):
         module.model.compile(backend=graphs, fullgraph=True)
     n = 21 if validate else 24  # with an odd last batch
     losses = fit(module, n=n, validate=validate)
-    assert losses == fit(reference, n=n, validate=validate)
+    assert losses == rounded_otherwise(fit(reference, n=n, validate=validate))
     assert graphs.frame_count <= (2 * len(LAYERS) + 2 if validate else len(LAYERS))
 
 
@@ -72,12 +80,48 @@ def test_nothing_is_compiled_once_each_layer_was_seen():
     assert counts[-1] == counts[2]
 
 
+class Three(nn.Module):
+    """Where the gradient of a compiled network is looked at: below the layer that is mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.mixed, self.above = nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.above(self.mixed(self.below(x)))
+
+
+PARTNERS = {"permutation": [2, 0, 1, 3], "repeated": [1, 1, 0, 1]}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("partners", PARTNERS.values(), ids=PARTNERS.keys())
+@pytest.mark.parametrize("lam", [0.3, [0.9, 0.2, 0.5, 0.6]], ids=["one lam", "a lam for each"])
+def test_gradient(backend, partners, lam):
+    """Of torch 2.11 it was zero below the mixed layer, in a compiled network alone."""
+    net, mix = Three(), Mix(torch.tensor(lam), torch.tensor(partners))
+    x = torch.randn(4, 5, requires_grad=True)
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    with mixing(net.mixed, mix):
+        compiled(x).square().sum().backward()
+    found = [x.grad, *(p.grad for p in net.parameters())]
+    weight = mix.lam.reshape(-1, 1)
+    h = torch.tanh(F.linear(x, net.below.weight, net.below.bias))
+    logits = F.linear(weight * h + (1 - weight) * h[partners], net.above.weight, net.above.bias)
+    expected = torch.autograd.grad(logits.square().sum(), [x, *net.parameters()])
+    torch.testing.assert_close(found, list(expected))
+
+
 @pytest.mark.parametrize("layers", [LAYERS, "auto"])
 def test_whole_module(layers):
     module, reference = pair(Step)
     graphs = CompileCounter()
     compiled = torch.compile(module, backend=graphs, fullgraph=True)
-    assert fit(module, compiled, layers=layers) == fit(reference, layers=layers)
+    if torch_version() < WHOLE_MODULE:
+        with pytest.raises(MisconfigurationException, match="or later for a LightningModule that is compiled"):
+            fit(module, compiled, layers=layers)
+        return
+    assert fit(module, compiled, layers=layers) == rounded_otherwise(fit(reference, layers=layers))
     assert 0 < graphs.frame_count <= 2 * len(LAYERS) + 2
 
 
@@ -103,11 +147,11 @@ def test_more_layers_than_the_limit_of_recompilation():
     module, reference = Classifier(Deep()), Classifier(Deep())
     reference.load_state_dict(module.state_dict())
     layers = [f"model.{i}" for i in range(1, 12)]
-    assert len(layers) > torch._dynamo.config.recompile_limit
-    limit = torch._dynamo.config.recompile_limit
+    limit = getattr(torch._dynamo.config, limit_of_graphs())
+    assert len(layers) > limit
     module.model = torch.compile(module.model, backend="eager", fullgraph=True)
-    assert fit(module, layers=layers, epochs=8) == fit(reference, layers=layers, epochs=8)
-    assert torch._dynamo.config.recompile_limit == limit
+    assert fit(module, layers=layers, epochs=8) == rounded_otherwise(fit(reference, layers=layers, epochs=8))
+    assert getattr(torch._dynamo.config, limit_of_graphs()) == limit
 
 
 def test_network_that_was_compiled_and_run_before_the_fit():
@@ -117,11 +161,11 @@ def test_network_that_was_compiled_and_run_before_the_fit():
         module.model(next(iter(loader()))[0])  # cached without hooks
     reference.model(next(iter(loader()))[0])
     reference.model(next(iter(loader()))[0])
-    assert fit(module) == fit(reference)
+    assert fit(module) == rounded_otherwise(fit(reference))
 
 
 LOSSES = {
-    "cross_entropy": F.cross_entropy,
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y),
     "one_hot": lambda z, y: -(F.one_hot(y, 4) * z.log_softmax(1)).sum(),
     "gather": lambda z, y: -z.log_softmax(1).gather(1, y[:, None]).mean(),
     "focal": lambda z, y: (1 - torch.exp(-F.cross_entropy(z, y, reduction="none"))).mul(F.cross_entropy(z, y)).mean(),
@@ -136,12 +180,16 @@ def test_compiled_losses(loss):
     graphs = CompileCounter()
     compiled = torch.compile(loss, backend=graphs, fullgraph=True)
     y, partners = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2])
+    if torch_version() < WHOLE_MODULE:  # the compiler says so itself
+        with pytest.raises(TorchDynamoException):
+            compiled(torch.randn(4, 4), Mix(torch.tensor(0.3), partners).target(y))
+        return
     for lam in (0.3, 0.6, 0.7):
         z = torch.randn(4, 4, requires_grad=True)
         target = Mix(torch.tensor(lam), partners).target(y)
         ours, expected = compiled(z, target), lam * loss(z, y) + (1 - lam) * loss(z, y[partners])
         torch.testing.assert_close(plain(ours), expected)
-        torch.testing.assert_close(torch.autograd.grad(ours, z), torch.autograd.grad(expected, z))
+        torch.testing.assert_close(plain(torch.autograd.grad(ours, z)), torch.autograd.grad(expected, z))
     assert graphs.frame_count == 1
 
 

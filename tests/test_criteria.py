@@ -13,7 +13,7 @@ class Branches(nn.Module):
     """A criterion that no op-by-op evaluation can follow: numpy, a branch on the labels, a list of them."""
 
     def forward(self, logits, target):
-        weight = float(np.asarray(target).mean()) + (2.0 if target[0] == 1 else 1.0)
+        weight = float(np.asarray(target).mean()) + (2.0 if target.sum() % 2 == 1 else 1.0)
         rows = [logits[i, label] for i, label in enumerate(target.tolist())]
         return weight * torch.stack(rows).pow(2).mean()
 
@@ -28,8 +28,7 @@ def step_of(criterion, batch, layers):
 
 def test_whole_criterion_on_both_labellings():
     batches = loader(8)
-    module, drawn, callback = step_of(Branches(), batches, ["input"])
-    assert callback.state_dict()["criteria"] == ["criterion"]
+    module, drawn, _ = step_of(Branches(), batches, ["input"])
     x, y = images(8)
     for loss, (_, lam, partners) in zip(module.losses, drawn, strict=True):
         logits = module.model(lam * x + (1 - lam) * x[partners])

@@ -11,10 +11,9 @@ import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_manifold_mixup._step.targets import MixedTarget
+from lightning_manifold_mixup._step.hooks import is_training_forward
 from lightning_manifold_mixup.layers import eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
-from lightning_manifold_mixup.mixing import is_training_forward
 
 
 class Plain:
@@ -172,21 +171,6 @@ def test_the_end_is_what_the_loss_receives(loss):
     assert report.sinks_found
     assert report.eligible == PATH
     assert report.row("net").verdict is Verdict.FINAL
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_labels_in_superposition(loss):
-    """They are tensors of a subclass with operations of its own; observing them changes nothing, bit for bit."""
-    module, x = Step(), torch.randn(5, 8)
-    labels, partners = torch.arange(5), torch.tensor([3, 4, 0, 1, 2])
-    plain = loss(module.net(x), MixedTarget(labels, partners, torch.tensor(0.4)))
-    y = MixedTarget(labels, partners, torch.tensor(0.4))
-    with observe(module, x, (y, labels, partners)) as seen:
-        observed = loss(module.net(x), y)
-    assert seen.report().eligible == PATH
-    assert torch.equal(plain.as_subclass(torch.Tensor), observed.as_subclass(torch.Tensor))
-    gradients = [torch.autograd.grad(value, module.net[0].weight)[0] for value in (plain, observed)]
-    assert torch.equal(*gradients)
 
 
 def test_float_targets():

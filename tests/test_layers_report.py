@@ -59,7 +59,8 @@ def report() -> LayerReport:
         ),
         (
             "unused",
-            "'unused' is called, but the loss does not depend on what it returns."
+            "'unused' is called, but what it returns leads to no loss of the targets (it is not used, or only by a loss"
+            " that reads other parts of the batch; list those as targets that are labels)."
             " Valid before it: 'input'. Valid after it: 'net.conv1'.",
         ),
         (
@@ -103,8 +104,9 @@ def test_refusal_without_batch_dimension():
 
     report = eligible_layers(nn.Sequential(nn.Linear(6, 6), Rows(), nn.Linear(6, 2)), torch.randn(5, 4, 6))
     assert report.refusal("1") == (
-        "'1' has no batch dimension: its output has shape (20, 6), and none of its first two dimensions has the size"
-        " of the batch, 5. Valid before it: '0'."
+        "'1' has rows that are not samples: its output has shape (20, 6), and the targets have 5 rows. Mix where there"
+        " is one row for each sample (after pooling, say); if dimension 1 counts the samples, set batch_dim=1. Valid"
+        " before it: '0'."
     )
 
 
@@ -113,8 +115,8 @@ def test_refusal_by_the_batch_dimension_that_was_set():
         nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), torch.randn(5, 4, 6), batch_size=5, batch_dim=1
     )
     assert report.refusal("0") == (
-        "'0' has no batch dimension: its output has shape (5, 4, 6), whose dimension batch_dim=1 has not the size of"
-        " the batch, 5."
+        "'0' has no batch dimension: its output has shape (5, 4, 6), whose dimension batch_dim=1 has not the number"
+        " of samples, 5 (the rows of the targets)."
     )
 
 

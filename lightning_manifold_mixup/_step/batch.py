@@ -1,109 +1,214 @@
-"""Where the input and the target are in a batch, whatever its structure; and a batch with one of them replaced."""
+"""A batch of any kind as a tree: its tensors with their keys, one part of it, and a copy with parts replaced.
+
+Lists, tuples, named tuples, dataclasses, mappings, objects with attributes or slots, and what behaves like one of them:
+`TensorDict`, tensorclasses, the batches of torch_geometric, `BatchEncoding`, `DictConfig`. None of those packages is
+imported: an object is known by what it can do.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter, itemgetter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Key = int | str
+"""Where a part of a batch is: an index, a name, or indices and names joined by dots (`"labelled.1"`)."""
 
-INPUT_NAMES = (
-    "input", "inputs", "x", "image", "images", "img", "data", "features", "pixel_values", "input_values", "input_ids",
-)  # fmt: skip
-TARGET_NAMES = ("target", "targets", "y", "label", "labels")
+_ATOMS = (Tensor, str, bytes, int, float, complex, type(None), type, nn.Module, types.ModuleType, types.FunctionType)
+_DEPTH = 8
+"""Levels of a batch that are looked at; objects may refer to what holds them."""
+_LONG = 4
+"""Of a longer run of equal parts, `structure` does not tell the length: it may be that of the batch."""
 
 
-def find(batch: Any, role: str, key: Key | None) -> Key:
-    """The key of the input or the target of a batch.
-
-    Args:
-        batch: what the dataloader gives: a list, tuple, named tuple, dataclass, mapping, or an object with attributes.
-        role: ``"input"`` or ``"target"``.
-        key: what the user said: an index, a name, or names and indices joined by dots for a nested batch
-            (``"labelled.1"``). None finds it: in a pair the first is the input, the second the target; otherwise it
-            goes by the usual names.
-
-    Raises:
-        ValueError: where it cannot tell, or where ``key`` is not in the batch. The message shows the batch.
+def children(node: Any) -> Sequence[Any]:
+    """List the keys of the parts of a batch, or of a part of it; none for a tensor, a number, a text.
 
     Example:
-        >>> find(("x", "y"), "target", None), find({"image": 0, "label": 1, "id": 2}, "target", None)
-        (1, 'label')
+        >>> import torch
+        >>> children({"image": 0, "label": 1}), list(children([5, 6])), children(torch.zeros(3))
+        (['image', 'label'], [0, 1], ())
     """
-    if key is not None:
-        get(batch, key, role)
-        return key
-    keys = list(_keys(batch))
-    names, others = (INPUT_NAMES, TARGET_NAMES) if role == "input" else (TARGET_NAMES, INPUT_NAMES)
-    found = [k for k in keys if str(k).lower() in names]
-    if not found and len(keys) == 2:  # of two fields, one of which is known to be the other role
-        found = [k for k in keys if any(str(o).lower() in others for o in keys if o != k)]
-    if not found and len(keys) == 2 and isinstance(batch, Sequence):
-        found = [keys[0] if role == "input" else keys[1]]
-    if len(found) == 1:
-        return found[0]
-    which = f"{found} all could be" if found else "none is known to be"
-    raise ValueError(
-        f"Expected to find the {role} in the batch, but {which} it. Set `{role}_key` to its index or name "
-        f"(dots for nested batches, as in 'labelled.1'). The batch is:\n{describe(batch)}"
-    )
+    kind = type(node)
+    if kind is tuple or kind is list:
+        return range(len(node))
+    if kind is dict:
+        return list(node)
+    if isinstance(node, _ATOMS) or hasattr(node, "__array__"):
+        return ()
+    if hasattr(node, "_fields"):
+        return tuple(node._fields)
+    if _is_hetero(node):
+        return [*map(str, node.node_types), *map("__".join, node.edge_types)]
+    if dataclasses.is_dataclass(node) and not _by_key(node):
+        return [field.name for field in dataclasses.fields(node) if hasattr(node, field.name)]
+    if _by_key(node):
+        return list(node.keys())
+    if isinstance(node, Sequence):
+        return range(len(node))
+    slots = [name for cls in kind.__mro__ for name in _slots(cls) if hasattr(node, name)]
+    return [*getattr(node, "__dict__", {}), *slots]
+
+
+def item(node: Any, part: Any) -> Any:
+    """Return one part of a batch, by one of its `children`."""
+    if isinstance(part, int) or _by_key(node):
+        return node[part]
+    if _is_hetero(node):
+        return node[_type(part)]
+    return getattr(node, part)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors anywhere in a batch, or in a part of it."""
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    for _, leaf in _walk(tree, (), ()):
+        yield leaf
+
+
+def leaves(batch: Any) -> list[tuple[Key, Tensor]]:
+    """List the tensors of a batch with their keys.
+
+    Example:
+        >>> import torch
+        >>> [(key, tuple(leaf.shape)) for key, leaf in leaves({"a": (torch.zeros(2), "text"), "b": [torch.zeros(3)]})]
+        [('a.0', (2,)), ('b.0', (3,))]
+    """
+    return [(joined(path), leaf) for path, leaf in _walk(batch, (), ())]
 
 
 def get(batch: Any, key: Key, role: str = "value") -> Any:
-    """The part of the batch at ``key``."""
-    for part in _path(key):
-        keys = list(_keys(batch))
-        if part not in keys and not (isinstance(batch, tuple) and part in range(len(batch))):
-            close = difflib.get_close_matches(str(part), [str(k) for k in keys], 3) or [str(k) for k in keys]
-            raise ValueError(
-                f"`{role}_key={key!r}` is not in the batch: no {part!r} there. Did you mean {' or '.join(close)}? "
-                f"The batch is:\n{describe(batch)}"
-            )
-        batch = _item(batch, part)
+    """Return the part of a batch at `key`.
+
+    Raises:
+        ValueError: If there is none. The message says `role` and shows the batch.
+    """
+    for part in resolve(batch, key, role):
+        batch = item(batch, part)
     return batch
 
 
 def replaced(batch: Any, key: Key, value: Any) -> Any:
-    """A batch of the same type with ``value`` at ``key``; the batch handed in is left as it is."""
-    part, *rest = _path(key)
-    if rest:
-        value = replaced(_item(batch, part), ".".join(map(str, rest)), value)
-    if hasattr(batch, "_fields"):
-        return (
-            batch._replace(**{part: value}) if isinstance(part, str) else type(batch)(*_substituted(batch, part, value))
-        )
-    if isinstance(batch, tuple):
-        return type(batch)(_substituted(batch, part, value))
-    new = copy.copy(batch)
-    if isinstance(batch, Mapping) or isinstance(part, int):
-        new[part] = value
-    else:
-        object.__setattr__(new, part, value)  # frozen dataclasses too: the copy is ours
-    return new
+    """Return a batch of the same type with `value` at `key`; the batch handed in is left as it is."""
+    return substituted(batch, {resolve(batch, key): value})
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors anywhere in a batch or a part of it."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif not isinstance(tree, (str, bytes)):
-        for key in _keys(tree):
-            yield from tensors(_item(tree, key))
+def substituted(batch: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
+    """Return a batch of the same type with other values at some paths; the batch handed in is left as it is.
+
+    Args:
+        batch: The batch.
+        values: The new values, by the keys that lead to each (see `resolve`).
+    """
+    direct: dict[Any, Any] = {}
+    nested: dict[Any, dict[tuple[Any, ...], Any]] = {}
+    for path, value in values.items():
+        if len(path) == 1:
+            direct[path[0]] = value
+        else:
+            nested.setdefault(path[0], {})[path[1:]] = value
+    for part, inner in nested.items():
+        direct[part] = substituted(direct.get(part, item(batch, part)), inner)
+    return _with(batch, direct)
 
 
 def without(batch: Any, keys: Sequence[Key]) -> Iterator[Tensor]:
-    """The tensors of a batch other than those at ``keys``."""
-    excluded = {id(tensor) for key in keys for tensor in tensors(get(batch, key))}
-    return (tensor for tensor in tensors(batch) if id(tensor) not in excluded)
+    """Yield the tensors of a batch other than those at `keys`; one that is in two places may be both."""
+    excluded = [resolve(batch, key) for key in keys]
+    return (leaf for path, leaf in _walk(batch, (), ()) if not any(path[: len(top)] == top for top in excluded))
+
+
+def resolve(batch: Any, key: Key, role: str = "value") -> tuple[Any, ...]:
+    """Return the path to a part of a batch, one of the `children` for each level.
+
+    Raises:
+        ValueError: If `key` is not in the batch. The message says `role`, near misses, and shows the batch.
+
+    Example:
+        >>> resolve({"labelled": ("x", "y")}, "labelled.1")
+        ('labelled', 1)
+    """
+    path: list[Any] = []
+    node, rest = batch, _parts(key)
+    while rest:
+        known = children(node)
+        if not path and key in known:  # a name that holds dots itself
+            return (key,)
+        names = {str(k): k for k in known}
+        if rest[0] in names:
+            part = names[rest[0]]
+        elif hasattr(node, "_fields") and rest[0].isdigit() and int(rest[0]) < len(node):
+            part = node._fields[int(rest[0])]
+        else:
+            close = difflib.get_close_matches(rest[0], list(names), 3) or list(names)[:10]
+            missing = int(rest[0]) if rest[0].isdigit() else rest[0]
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(
+                f"`{role}_key={key!r}` is not in the batch: no {missing!r} there.{hint} "
+                f"The batch is:\n{describe(batch)}"
+            )
+        path.append(part)
+        node, rest = item(node, part), rest[1:]
+    return tuple(path)
+
+
+def joined(path: Sequence[Any]) -> Key:
+    """Return the key of a path; see `resolve`."""
+    return path[0] if len(path) == 1 and isinstance(path[0], int) else ".".join(map(str, path))
+
+
+def getter(batch: Any, path: Sequence[Any]) -> Callable[[Any], Any]:
+    """Return a function that takes the part at `path` from batches that are built like this one, without checks."""
+    steps: list[Callable[[Any], Any]] = []
+    node = batch
+    for part in path:
+        by_name = not isinstance(part, int) and not _by_key(node) and not _is_hetero(node)
+        steps.append(attrgetter(part) if by_name else itemgetter(_type(part) if _is_hetero(node) else part))
+        node = steps[-1](node)
+    if len(steps) == 1:
+        return steps[0]
+
+    def take(batch: Any) -> Any:
+        for step in steps:
+            batch = step(batch)
+        return batch
+
+    return take
+
+
+def structure(batch: Any, depth: int = _DEPTH) -> Any:
+    """Return a hashable value that is equal for batches built alike: types, keys, dtypes, numbers of dimensions.
+
+    Sizes do not count; nor does the length of a list with an entry for each sample.
+
+    Example:
+        >>> import torch
+        >>> structure((torch.zeros(4, 2), torch.zeros(4))) == structure((torch.zeros(3, 2), torch.zeros(3)))
+        True
+    """
+    kind = type(batch)
+    if isinstance(batch, Tensor):
+        return kind, batch.dtype, batch.ndim
+    keys = children(batch) if depth else ()
+    if not keys:
+        return kind
+    parts = tuple([structure(item(batch, key), depth - 1) for key in keys])
+    if isinstance(keys, range):
+        return kind, _runs(parts) if len(parts) > _LONG else parts
+    return kind, tuple(map(str, keys)), parts
 
 
 def describe(batch: Any, indent: str = "  ") -> str:
-    """The structure of a batch, one line for each part.
+    """Show how a batch is built, one line for each part.
 
     Example:
         >>> import torch
@@ -113,46 +218,88 @@ def describe(batch: Any, indent: str = "  ") -> str:
             0: str
             1: int
     """
-    if isinstance(batch, Tensor):
-        return f"{indent}{_kind(batch)}"
     lines = []
-    for key in list(_keys(batch))[:20]:
-        item = _item(batch, key)
-        lines.append(f"{indent}{key!r}: {_kind(item)}")
-        if not isinstance(item, (str, bytes, Tensor)) and any(True for _ in _keys(item)):
-            lines.append(describe(item, indent + "  "))
-    return "\n".join(lines) or f"{indent}{_kind(batch)}"
+    for key in list(children(batch))[:20]:
+        part = item(batch, key)
+        lines.append(f"{indent}{key!r}: {kind_of(part)}")
+        if children(part) and len(indent) < 2 * _DEPTH:
+            lines.append(describe(part, indent + "  "))
+    return "\n".join(lines) or f"{indent}{kind_of(batch)}"
 
 
-def _kind(item: Any) -> str:
-    if isinstance(item, Tensor):
-        return f"{str(item.dtype).removeprefix('torch.')} tensor {tuple(item.shape)}"
-    size = f" of {len(item)}" if isinstance(item, (Sequence, Mapping)) and not isinstance(item, (str, bytes)) else ""
-    return type(item).__name__ + size
+def kind_of(part: Any) -> str:
+    """Say in a few words what a part of a batch is."""
+    if isinstance(part, Tensor):
+        return f"{str(part.dtype).removeprefix('torch.')} tensor {tuple(part.shape)}"
+    size = f" of {len(part)}" if isinstance(part, (Sequence, Mapping)) and not isinstance(part, (str, bytes)) else ""
+    return type(part).__name__ + size
 
 
-def _path(key: Key) -> list[Key]:
-    return [int(part) if part.isdigit() else part for part in key.split(".")] if isinstance(key, str) else [key]
+def _walk(node: Any, path: tuple[Any, ...], around: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(node, Tensor):
+        yield path, node
+    elif id(node) not in around:  # objects may refer to what holds them
+        for key in children(node):
+            yield from _walk(item(node, key), (*path, key), (*around, id(node)))
 
 
-def _keys(batch: Any) -> Iterator[Key]:
-    if type(batch) in (list, tuple):  # nearly every batch; the abstract classes below are slow to ask
-        yield from range(len(batch))
-    elif hasattr(batch, "_fields"):
-        yield from batch._fields
-    elif dataclasses.is_dataclass(batch):
-        yield from (field.name for field in dataclasses.fields(batch))
-    elif isinstance(batch, Mapping):
-        yield from batch.keys()
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        yield from range(len(batch))
-    elif not isinstance(batch, Tensor):
-        yield from getattr(batch, "__dict__", {})
+def _with(node: Any, values: Mapping[Any, Any]) -> Any:
+    kind = type(node)
+    if isinstance(node, (tuple, list)) and kind in (tuple, list):
+        parts = list(node)
+        for part, value in values.items():
+            parts[part] = value
+        return parts if kind is list else tuple(parts)
+    if hasattr(node, "_fields"):
+        return node._replace(**values)
+    new = copy.copy(node)
+    for part, value in values.items():
+        if isinstance(part, int) or _by_key(node):
+            new[part] = value
+        elif _is_hetero(node):
+            new[_type(part)].update(value)  # the copy has stores of its own, and keeps them
+        else:
+            try:
+                setattr(new, part, value)
+            except AttributeError:  # a frozen dataclass: the copy is ours
+                object.__setattr__(new, part, value)
+    return new
 
 
-def _item(batch: Any, part: Key) -> Any:
-    return batch[part] if isinstance(batch, Mapping) or isinstance(part, int) else getattr(batch, part)
+@lru_cache(maxsize=256)
+def _parts(key: Key) -> list[str]:
+    return str(key).split(".")
 
 
-def _substituted(batch: Sequence[Any], part: Key, value: Any) -> Iterator[Any]:
-    return (value if index == part else item for index, item in enumerate(batch))
+def _runs(parts: Sequence[Any]) -> tuple[Any, ...]:
+    """Shorten each long run of equal parts to one."""
+    short: list[Any] = []
+    start = 0
+    for end in range(1, len(parts) + 1):
+        if end == len(parts) or parts[end] != parts[start]:
+            short += [("many", parts[start])] if end - start > _LONG else parts[start:end]
+            start = end
+    return tuple(short)
+
+
+def _by_key(node: Any) -> bool:
+    """Whether parts are taken by `node[key]`: mappings, and the data of torch_geometric, which is none by its type."""
+    if isinstance(node, Mapping):  # some are dataclasses, too: the outputs of transformers
+        return True
+    if dataclasses.is_dataclass(node) or _is_hetero(node):
+        return False
+    return callable(getattr(node, "keys", None)) and hasattr(node, "__getitem__")
+
+
+def _is_hetero(node: Any) -> bool:
+    """Whether it is a graph with nodes and edges of several types, each of which has a store of its own."""
+    return hasattr(node, "node_types") and hasattr(node, "edge_types")
+
+
+def _type(part: str) -> Any:
+    return tuple(part.split("__")) if "__" in part else part
+
+
+def _slots(cls: type) -> Iterator[str]:
+    names = vars(cls).get("__slots__", ())
+    return (name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__"))

@@ -1,8 +1,8 @@
 """Modules of the user's that are handed labels in superposition: criteria and metrics.
 
-Op by op, ``targets.py`` evaluates almost any loss exactly. A criterion module can be evaluated as a whole, which also
-holds for those that branch on the labels, go through numpy or call a custom ``autograd.Function``. A metric must never
-meet a superposition at all: its state would keep it.
+Operation by operation, ``operations.py`` evaluates straight-line tensor code. A criterion module can be evaluated as a
+whole, which also holds for one that branches on the labels, goes through numpy or calls a custom ``autograd.Function``.
+A metric must never meet a superposition: it sees the dominant labels, as plain tensors.
 """
 
 from __future__ import annotations
@@ -12,85 +12,124 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_manifold_mixup._step.targets import first_labelling, paired, plain, second_labelling, superpositions
+from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.targets import labelling, note_use, paired, plain, superpositions, tensors
 from lightning_manifold_mixup.layers import named_layers
 
 
 class CriterionHooks:
     """Evaluates a criterion module on both labellings whenever it is handed labels in superposition.
 
+    The criterion itself sees the dominant labels, in one ordinary call; a ghost of it sees the others.
+
     Attributes:
         fired: whether that has happened.
+        unfit: whether the module turned out to be no criterion: it returns labels or inputs, as an augmentation does.
     """
 
     def __init__(self) -> None:
         self.fired = False
-        self._second: list[Any] = []  # one entry for each call in progress: its arguments under the partners' labels
+        self.unfit = False
+        self._others: list[Any] = []  # one entry for each call in progress: a ghost, and what it is to be called with
 
-    def register(self, criterion: nn.Module, stack: ExitStack) -> None:
+    def register(self, criterion: nn.Module, stack: ExitStack) -> CriterionHooks:
         """Hooks the criterion; closing ``stack`` takes the hooks back."""
         stack.callback(criterion.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         stack.callback(criterion.register_forward_hook(self.after, with_kwargs=True, always_call=True).remove)
+        return self
 
     def before(self, criterion: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Lets the module run on the original labels."""
+        """Lets the module run on the dominant labels."""
         found = superpositions((args, kwargs))
         if len(found) != 1:
-            self._second.append(None)
+            self._others.append(None)
             return None
         self.fired = True
-        self._second.append((found[0], second_labelling(args), second_labelling(kwargs)))
-        return first_labelling(args), first_labelling(kwargs)
+        states = random_states(criterion.parameters())
+        ghost = ghost_of(criterion)
+        self._others.append((found[0], ghost, states, labelling(args, False), labelling(kwargs, False)))
+        return labelling(args, True), labelling(kwargs, True)
 
     def after(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Runs it once more on the partners' labels, and puts both results in superposition."""
-        pending = self._second.pop()
-        if pending is None or output is None:  # None: the criterion raised
+        """Runs it once more on the others, and puts both results in superposition."""
+        other = self._others.pop()
+        if other is None or output is None:  # None: the criterion raised
             return None
-        superposition, args, kwargs = pending
-        return paired(output, criterion.forward(*args, **kwargs), superposition)
+        superposition, ghost, states, args, kwargs = other
+        states_after = random_states(criterion.parameters())
+        set_random_states(states)
+        second = ghost.forward(*args, **kwargs)
+        set_random_states(states_after)
+        recorded = note_use(superposition, (output, second))
+        self.unfit |= not all(_is_loss(tensor) for tensor in tensors(output))
+        return paired(output, second, superposition, averaged=recorded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CriterionHooks:
-        return CriterionHooks()
+        copied: CriterionHooks = memo.setdefault(id(self), CriterionHooks())
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(CriterionHooks())
 
 
-def criterion_candidates(module: nn.Module) -> list[str]:
-    """Names of the outermost modules that hold no weights (parameters of two or more dimensions), metrics aside.
+def _is_loss(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and (tensor.requires_grad or tensor.ndim == 0)
 
-    Without weights a module is no part of the network that is trained, and running it twice does no harm.
+
+def criterion_candidates(module: nn.Module) -> list[str]:
+    """Names of the outermost modules that hold no weights (parameters of two or more dimensions).
+
+    Without weights a module is no part of the network that is trained. PyTorch's own modules are straight-line tensor
+    code, metrics have a way of their own, and TorchScript takes no hooks.
     """
     found: list[str] = []
     for name, candidate in named_layers(module).items():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         weights = any(parameter.ndim >= 2 for parameter in candidate.parameters())
-        # PyTorch's own is exact op by op, and then shares the log-probabilities of the two labellings.
-        known = type(candidate) is nn.CrossEntropyLoss
-        # Metrics have hooks of their own, and TorchScript takes none.
+        known = all(type(part).__module__.startswith("torch.nn.") for part in candidate.modules())
         unfit = isinstance(candidate, (Metric, MetricCollection, torch.jit.ScriptModule))
         if not (inside or weights or known or unfit):
             found.append(name)
     return found
 
 
-def metrics_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The torchmetrics modules inside a module."""
-    return (m for m in module.modules() if isinstance(m, (Metric, MetricCollection)))
+def criterion_hooks(module: nn.Module, without: Iterable[str] = ()) -> dict[str, CriterionHooks]:
+    """The hooks on the criteria of a module or its ghost, by name; those of ``without`` are taken off first."""
+    found = {}
+    for name, part in named_layers(module).items():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for number, hook in list(hooks.items()):
+                owner = getattr(hook, "__self__", None)
+                if isinstance(owner, CriterionHooks):
+                    if name in without:
+                        del hooks[number]
+                    else:
+                        found[name] = owner
+    return found
 
 
-def hand_plain_labels(metric: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Forward pre-hook of a metric: it sees the dominant labels, as a plain tensor."""
-    return (plain(args), plain(kwargs)) if superpositions((args, kwargs)) else None
+def plain_metrics(module: nn.Module, stack: ExitStack) -> None:
+    """Lets the metrics of a module see the dominant labels; closing ``stack`` takes that back."""
+    for metric in _metrics(module):
+        own, update = vars(metric), metric.update
+
+        def plain_update(*args: Any, _update: Any = update, **kwargs: Any) -> None:
+            _update(*plain(args), **plain(kwargs))
+
+        stack.callback(own.__setitem__, "update", own.get("update", update))
+        own["update"] = plain_update
 
 
-def clean_states(metrics: Iterable[nn.Module]) -> None:
-    """Makes plain what ``metric.update(preds, y)``, which no hook sees, may have put into the states of metrics."""
-    for metric in metrics:
-        if isinstance(metric, Metric):
-            for name in metric._defaults:
-                setattr(metric, name, plain(getattr(metric, name)))
+def _metrics(module: nn.Module) -> Iterator[Metric]:
+    """The metrics inside a module, also those in lists and dicts that are no modules."""
+    for part in module.modules():
+        if isinstance(part, Metric):
+            yield part
+        for value in list(vars(part).values()):
+            items = value.values() if isinstance(value, dict) else value
+            for item in list(items) if isinstance(value, (dict, list, tuple)) else [value]:
+                if isinstance(item, (Metric, MetricCollection)):
+                    yield from (m for m in item.modules() if isinstance(m, Metric))

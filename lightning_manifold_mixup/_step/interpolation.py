@@ -14,47 +14,109 @@ from torch import Tensor
 _GRAIN = 1 << 15
 
 
-def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int = 0, transposed: bool = False) -> Tensor:
+def interpolate_with_gradient(h: Tensor, lam: Tensor, partners: Tensor, dim: int, permutation: bool) -> Tensor:
+    """:func:`interpolate` with gradients with respect to ``h``, of any order."""
+    # A compiler differentiates plain operations itself; handed the Function below, torch 2.11 makes its gradient zero.
+    if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
+        return interpolate(h, lam, partners, dim, permutation=permutation)
+    return Interpolate.apply(h, (lam, partners, dim, False, permutation))  # type: ignore[no-any-return]
+
+
+class Interpolate(torch.autograd.Function):
+    """``lam * h + (1 - lam) * h[partners]`` along ``dim``. Linear in h, so no activation is kept for backward.
+
+    The transpose of that map gives sample j lam times its own gradient, and 1 - lam times the gradient of each sample
+    whose partner it is. Where that is one sample for each j, partners being a permutation, it is the map of the inverse
+    permutation: backward, too, writes each sample once. Otherwise it sums, always in the same order.
+    """
+
+    # With small states the time goes here, not into the arithmetic. So: not the newer way with `setup_context`, which
+    # binds the arguments by the signature each time; one argument for all that has no gradient, kept as it is, without
+    # the care that `save_for_backward` takes of activations; no record in backward unless for a second derivative.
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, how: tuple[Tensor, Tensor, int, bool, bool]) -> Tensor:
+        """``interpolate(h, *how)``."""
+        ctx.how = how
+        return interpolate(h, *how)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The transpose of what forward was."""
+        lam, partners, dim, transposed, permutation = ctx.how
+        how = (lam, partners, dim, not transposed, permutation)
+        return Interpolate.apply(gradient, how) if torch.is_grad_enabled() else interpolate(gradient, *how), None
+
+
+def interpolate(
+    h: Tensor, lam: Tensor, partners: Tensor, dim: int = 0, transposed: bool = False, permutation: bool = False
+) -> Tensor:
     """``lam * h + (1 - lam) * h.index_select(dim, partners)``, without gradients.
 
-    No temporary of h's size; one pass over the memory on CUDA, and on large states everywhere. Rounded once, from the
-    wider of h's dtype and float32. Waits for no device: ``lam`` is only read on the host if it is there.
+    With one lam and a permutation, no temporary of h's size, and one pass over the memory on CUDA, and on large states
+    everywhere. Rounded once, from the wider of h's dtype and float32. Deterministic. Waits for no device: ``lam`` is
+    only read on the host if it is there.
 
     Args:
         h: floating point tensor of any shape and strides; the result has its order of strides (channels_last stays).
-        lam: 0-d float32 tensor, on the device of ``h`` or on the host.
+        lam: 0-d tensor, or (n,) with one lam for each sample, float32 or float64, on the device of ``h`` or on the
+            host.
         partners: (n,) int64 tensor, n the size of dimension ``dim``; best on the device of ``h``.
         dim: the dimension that counts the samples.
-        transposed: compute the transpose of that linear map, which is its gradient: sample ``partners[i]``, not i,
-            receives ``lam * h[partners[i]] + (1 - lam) * h[i]``. Each sample is written once: deterministic.
+        transposed: compute the transpose of that linear map, which is its gradient: sample j receives
+            ``lam[j] * h[j]`` plus ``(1 - lam[i]) * h[i]`` of every sample i whose partner is j.
+        permutation: a promise that no sample is the partner of two; the transposed map is faster then.
 
     Example:
         >>> interpolate(torch.tensor([0.0, 4.0]), torch.tensor(0.75), torch.tensor([1, 0]))
         tensor([1., 3.])
+        >>> interpolate(torch.tensor([0.0, 4.0]), torch.tensor(0.75), torch.tensor([0, 0]), transposed=True)
+        tensor([1., 3.])
     """
     partners = partners.to(h.device, non_blocking=True)
     if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
-        return _plain(h, lam, partners, dim, transposed)
+        return _plain(h, lam, partners, dim, transposed, permutation)
     if h.is_contiguous():
-        return _contiguous(h, lam, partners, dim, transposed)
+        return _contiguous(h, lam, partners, dim, transposed, permutation)
     # With its dimensions in the order in which they lie in memory, any dense state is contiguous.
     order = sorted(range(h.ndim), key=h.stride, reverse=True)
-    mixed = _contiguous(h.permute(order), lam, partners, order.index(dim % h.ndim), transposed)
+    mixed = _contiguous(h.permute(order), lam, partners, order.index(dim % h.ndim), transposed, permutation)
     return mixed.permute([order.index(d) for d in range(h.ndim)])
 
 
-def _contiguous(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
-    if h.device.type == "cpu":
-        return _on_cpu(h, lam, partners, dim, transposed)
-    if h.device.type == "cuda" and (kernel := _kernel(h.device)):
-        return kernel(h, lam, partners, dim, transposed)
-    return _plain(h, lam, partners, dim, transposed)
+def _contiguous(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:
+    if permutation or not transposed:  # otherwise a sample is summed into, not written once
+        # With one lam the transpose of a permutation is a torch.lerp like the map itself. In half precision torch.lerp
+        # takes a number in float32, but rounds a tensor of lams.
+        if h.device.type == "cpu" and (lam.ndim == 0 or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
+            return _on_cpu(h, lam, partners, dim, transposed)
+        if h.device.type == "cuda" and (kernel := _kernel(h.device)):
+            return kernel(h, lam, partners, dim, transposed)
+    return _plain(h, lam, partners, dim, transposed, permutation)
 
 
-def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
+def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:
     dtype = torch.promote_types(h.dtype, lam.dtype)
+    weight = _along(dim, lam.to(h.device, dtype, non_blocking=True), h)
+    if transposed and not (permutation and lam.ndim == 0):
+        wide = h.to(dtype)
+        return _add_rows(weight * wide, (1 - weight) * wide, partners, dim).to(h.dtype)
     partner = h.index_select(dim, partners.argsort() if transposed else partners)
-    return torch.lerp(partner.to(dtype), h.to(dtype), lam.to(h.device, dtype, non_blocking=True)).to(h.dtype)
+    return torch.lerp(partner.to(dtype), h.to(dtype), weight).to(h.dtype)
+
+
+def _along(dim: int, lam: Tensor, h: Tensor) -> Tensor:
+    """``lam`` in a shape that broadcasts along dimension ``dim`` of ``h``, whatever the sizes of the others are."""
+    if lam.ndim == 0:
+        return lam
+    return lam.reshape([-1 if d == dim % h.ndim else 1 for d in range(h.ndim)])
+
+
+def _add_rows(sums: Tensor, rows: Tensor, targets: Tensor, dim: int) -> Tensor:
+    """Adds row i to row ``targets[i]`` of ``sums``, always in the same order."""
+    if sums.device.type == "cuda":  # index_add_ is in order only by `use_deterministic_algorithms`; this one sorts
+        sums.movedim(dim, 0).index_put_((targets,), rows.movedim(dim, 0), accumulate=True)
+        return sums
+    return sums.index_add_(dim, targets, rows)  # and on CPUs index_put_ is the one that is not
 
 
 def _on_cpu(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
@@ -62,20 +124,22 @@ def _on_cpu(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool
     weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
     # Row by row there is one pass; but a row must be of one piece, keep all threads busy, and repay the call.
     if h.stride(dim) < _GRAIN * torch.get_num_threads():
-        return h.index_select(dim, partners.argsort() if transposed else partners).lerp_(h, weight)
+        partner = h.index_select(dim, partners.argsort() if transposed else partners)
+        return partner.lerp_(h, _along(dim, weight, h) if lam.ndim else weight)
     mixed = torch.empty_like(h)
     rows, results, partner_of = h.unbind(dim), mixed.unbind(dim), partners.tolist()
+    weights = weight.unbind() if lam.ndim else [weight] * len(rows)
     for i in _along_cycles(partner_of):
         j = partner_of[i]
         if transposed:
-            torch.lerp(rows[i], rows[j], weight, out=results[j])
+            torch.lerp(rows[i], rows[j], weights[i], out=results[j])
         else:
-            torch.lerp(rows[j], rows[i], weight, out=results[i])
+            torch.lerp(rows[j], rows[i], weights[i], out=results[i])
     return mixed
 
 
 def _along_cycles(partners: list[int]) -> list[int]:
-    """All samples, each before its partner: the partner's row is in the cache when its own turn comes."""
+    """All samples, mostly each before its partner: the partner's row is in the cache when its own turn comes."""
     order: list[int] = []
     seen = [False] * len(partners)
     for i in range(len(partners)):

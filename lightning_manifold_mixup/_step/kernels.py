@@ -12,21 +12,38 @@ _BLOCK = 2048
 
 
 def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
-    """See :func:`lightning_manifold_mixup._step.interpolation.interpolate`, whose arguments these are."""
+    """See :func:`lightning_manifold_mixup._step.interpolation.interpolate`, whose arguments these are.
+
+    Transposed, it is for permutations only: each row of the result is written by one program. Partners that are outside
+    the batch give NaN, since nobody has looked at those that were made on the device.
+    """
     h = h.contiguous()  # a copy only where h has gaps, as a slice of a larger tensor has
     mixed = torch.empty_like(h)
     if not h.numel():
         return mixed
-    if lam.device != h.device:  # a number on the host: handed to the device without waiting for it
+    if lam.device != h.device and lam.ndim:
+        lam = lam.to(h.device, non_blocking=True)
+    elif lam.device != h.device:  # a number on the host: handed to the device without waiting for it
         lam = torch.full((), lam.item(), dtype=lam.dtype, device=h.device)
     samples = h.shape[dim]
     inner = h.shape[dim + 1 :].numel()
     block = min(_BLOCK, triton.next_power_of_2(inner))
     blocks = triton.cdiv(inner, block)
     grid = (h.numel() // inner * blocks,)
+    double = h.dtype.itemsize == 8
     with torch.cuda.device(h.device):
         _mix[grid](
-            h, mixed, lam, partners.contiguous(), samples, inner, blocks, transposed, h.dtype.itemsize == 8, block
+            h,
+            mixed,
+            lam.contiguous(),
+            partners.contiguous(),
+            samples,
+            inner,
+            blocks,
+            transposed,
+            lam.ndim > 0,
+            double,
+            block,
         )
     return mixed
 
@@ -41,13 +58,16 @@ def _mix(  # type: ignore[no-untyped-def]
     inner,
     blocks,
     transposed: tl.constexpr,
+    per_sample: tl.constexpr,
     double: tl.constexpr,
     block: tl.constexpr,
 ):
     """One block of one row: a row is what one sample has at one index of the dimensions before the batch's."""
     row = tl.program_id(0) // blocks
     sample = row % samples
-    partner_row = row - sample + tl.load(partners_pointer + sample)
+    partner = tl.load(partners_pointer + sample)
+    known = (partner >= 0) & (partner < samples)
+    partner_row = row - sample + tl.where(known, partner, sample)
     own_row = partner_row if transposed else row
     other_row = row if transposed else partner_row
     # In 64 bits: a state may have more than 2**31 elements.
@@ -55,9 +75,11 @@ def _mix(  # type: ignore[no-untyped-def]
     own_columns = own_row.to(tl.int64) * inner + columns
     other_columns = other_row.to(tl.int64) * inner + columns
     dtype = tl.float64 if double else tl.float32
-    lam = tl.load(lam_pointer).to(dtype)
+    lam = tl.load(lam_pointer + (sample if per_sample else 0)).to(dtype)
     own = tl.load(h_pointer + own_columns, mask=columns < inner).to(dtype)
     other = tl.load(h_pointer + other_columns, mask=columns < inner).to(dtype)
     # As torch.lerp has it: lam = 0 gives `other` and lam = 1 gives `own`, to the last bit.
     mixed = tl.where(lam < 0.5, other + lam * (own - other), own - (1 - lam) * (own - other))
-    tl.store(mixed_pointer + own_columns, mixed, mask=columns < inner)
+    if transposed and per_sample:  # `own` is the partner, and lam its own
+        mixed = tl.load(lam_pointer + partner, mask=known, other=0).to(dtype) * own + (1 - lam) * other
+    tl.store(mixed_pointer + own_columns, tl.where(known, mixed, float("nan")), mask=columns < inner)

@@ -1,177 +1,284 @@
-"""One training step under Manifold Mixup: the mixed batch goes in, a checked and plain result comes out."""
+"""One training step under Manifold Mixup: the mixed batch goes in, a checked and plain result comes out.
+
+The loss is ``lam * L(y) + (1 - lam) * L(y[partners])``, in one of two ways:
+
+- **one pass**: the labels are in superposition (``targets.py``), and the loss is taken for both labellings;
+- **two passes**: the whole step runs once for each labelling, the second time on a ghost (``ghost.py``). Exact for any
+  code, at the price of a second forward pass.
+"""
 
 from __future__ import annotations
 
-import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.batch import Key
-from lightning_manifold_mixup._step.criteria import clean_states
-from lightning_manifold_mixup._step.targets import MixingError, Superposition, plain, superpositions
-from lightning_manifold_mixup.layers import INPUT
-from lightning_manifold_mixup.mixing import Mix, MixingHook
+from lightning_manifold_mixup._step.criteria import plain_metrics
+from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
+from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
+from lightning_manifold_mixup.layers import INPUT, named_layers
 
-Observer = Callable[[Callable[..., Any]], Callable[..., Any]]
+if TYPE_CHECKING:
+    from lightning_manifold_mixup._step.keys import Places
+    from lightning_manifold_mixup.mixing import Mix
+
+How = Literal["superposed", "labels", "partners", "dominant", "other"]
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Where the inputs and the targets of a batch are; see :func:`lightning_manifold_mixup._step.batch.find`."""
+class Call:
+    """The arguments that Lightning hands to ``training_step``."""
 
-    inputs: list[Key | None]
-    targets: list[Key | None]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
-    def find_targets(self, batch: Any) -> list[Key]:
-        """The keys of the targets in this batch."""
-        return [batches.find(batch, "target", key) for key in self.targets]
+    @property
+    def batch(self) -> Any:
+        """The batch among them."""
+        return self.kwargs["batch"] if "batch" in self.kwargs else self.args[0]
 
-    def find_inputs(self, batch: Any) -> list[Key]:
-        """The keys of the inputs in this batch, for mixing at the input.
-
-        Raises:
-            ValueError: if other tensors might be inputs, too: mixing only some of them would mix a part of the state.
-        """
-        keys = [batches.find(batch, "input", key) for key in self.inputs]
-        others = [
-            t for t in batches.without(batch, keys + self.find_targets(batch)) if t.is_floating_point() and t.ndim
-        ]
-        if others and self.inputs == [None]:
-            raise ValueError(
-                f"Expected one floating point input, found {keys[0]!r} and others beside it. Set `input_key` to the "
-                f"key of the input, or to a list of them if there are several. The batch is:\n{batches.describe(batch)}"
-            )
-        return keys
+    def of(self, training_step: Callable[..., Any], batch: Any) -> Any:
+        """Calls a training step with another batch."""
+        if "batch" in self.kwargs:
+            return training_step(*self.args, **{**self.kwargs, "batch": batch})
+        return training_step(batch, *self.args[1:], **self.kwargs)
 
 
-def sample_of(batch: Any, keys: Keys) -> Tensor:
-    """A target tensor, from which the number of samples and the device are known.
+@dataclass(frozen=True)
+class Site:
+    """Where a batch is mixed, and how its parts are found.
 
-    Raises:
-        TypeError: if the target is not a tensor or a structure of tensors (as the lists of dicts of detection).
-        ValueError: if the targets hold different numbers of samples.
-    """
-    found = keys.find_targets(batch)
-    leaves: list[Tensor] = []
-    for key in found:
-        target = batches.get(batch, key, "target")
-        of_samples = isinstance(target, (list, tuple)) and any(isinstance(item, Mapping) for item in target)
-        leaves += [] if of_samples else batches.tensors(target)
-    if not leaves:
-        raise TypeError(
-            f"Expected a target made of tensors with one entry a sample at {found}, and found none that can be mixed "
-            "(detection-style targets, a list with a dict for each image, have no mixture). Set `target_key`, or leave "
-            f"the callback out. The batch is:\n{batches.describe(batch)}"
-        )
-    if len({len(leaf) if leaf.ndim else 0 for leaf in leaves}) > 1:
-        raise ValueError(f"Expected targets of one number of samples. The batch is:\n{batches.describe(batch)}")
-    return leaves[0]
-
-
-class MixedStep:
-    """The training step of one batch.
-
-    Args:
-        module: whose ``training_step`` is run.
-        keys: where inputs and targets are in the batch.
-        mix: the draw, on the batch's device.
-        layer: the drawn layer k, or None for a batch that is only observed.
-        metrics: the torchmetrics modules inside ``module``; to look for them at each step takes longer than to mix.
-        hook: the hook at that layer, or None if it is the input.
-        batch_dim: of the input; see :meth:`Mix.__call__`.
+    Attributes:
+        layer: k, by name.
+        places: where inputs, targets and masks are in the batch.
+        dims: for each layer of S, the batch dimension of each tensor of its output, as observed.
+        batch_dim: what the user said about it.
+        classes: keys of float targets that hold classes: they are put into superposition like integer labels.
+        target_modules: names of modules whose output is a target, such as teachers.
     """
 
-    def __init__(
+    layer: str
+    places: Places
+    dims: Mapping[str, Any]
+    batch_dim: int | None = None
+    classes: Collection[Any] = ()
+    target_modules: tuple[str, ...] = ()
+
+    def hook(self, module: nn.Module, mixes: tuple[Mix, ...], stack: ExitStack, in_eval: bool = False) -> MixingHook:
+        """Hooks a ghost, which then mixes at this site for good, or until ``stack`` is closed."""
+        hook = MixingHook(self.batch_dim, self.dims.get(self.layer))
+        hook.in_eval = in_eval
+        hook.arm(mixes)
+        if self.layer != INPUT:
+            named = named_layers(module)
+            stack.callback(named[self.layer].register_forward_hook(hook).remove)
+            for name in self.target_modules:
+                target_hook = TargetHook(self.batch_dim)
+                target_hook.arm(mixes)
+                stack.callback(named[name].register_forward_hook(target_hook).remove)
+        return hook
+
+    def mixed(
         self,
-        module: pl.LightningModule,
-        keys: Keys,
-        mix: Mix,
-        metrics: Sequence[nn.Module] = (),
-        layer: str | None = None,
-        hook: MixingHook | None = None,
-        batch_dim: int | None = None,
-    ) -> None:
-        self.module, self.keys, self.mix, self.layer, self.hook = module, keys, mix, layer, hook
-        self.metrics = metrics
-        self.batch_dim = batch_dim
-        self._superposition: Superposition | None = None
-        self._undo = ExitStack()
+        batch: Any,
+        inputs: tuple[Mix, ...],
+        labels: tuple[Mix, ...],
+        how: How,
+        superposition: Superposition | None = None,
+        permuted: bool = False,
+    ) -> Any:
+        """The batch that a training step is handed; the batch itself stays as it is.
 
-    def arm(self, observer: Observer | None = None) -> None:
-        """Puts this step in the place of the module's ``training_step``, until :meth:`disarm`."""
-        original = self.module.training_step
-        attributes = self.module.__dict__
-        if "training_step" in attributes:  # Lightning puts the compiled step there
-            self._undo.callback(attributes.__setitem__, "training_step", original)
-        else:
-            self._undo.callback(attributes.pop, "training_step", None)
-        attributes["training_step"] = _StandIn(self, original, observer)
-        if self.hook is not None:
-            self.hook.mix, self.hook.observed = self.mix, observer is not None
-            self._undo.callback(setattr, self.hook, "mix", None)
+        Args:
+            batch: as the data loader gave it.
+            inputs: the draw of each group of samples, for the inputs; they are mixed if k is ``"input"``.
+            labels: the same for the targets; empty leaves them as they are.
+            how: integer labels: both labellings in superposition, or one of them. Floats that are values are mixed.
+            superposition: of the labels.
+            permuted: whether attention masks follow the partners. They are the union of both otherwise: what a mixed
+                state holds of a partner must be seen.
+        """
+        if self.layer == INPUT and inputs:
+            self.places.require_inputs()
+        values: dict[Any, Any] = {}
+        for number, group in enumerate(self.places.groups):
+            if labels:
+                mix = labels[number]
+                for key in group.targets:
+                    classes = key in self.classes
+                    values[key] = apply_to_collection(
+                        self.places.of(batch, key), Tensor, self._label, mix, how, superposition, classes
+                    )
+                for key in group.masks:
+                    values[key] = _mask(self.places.of(batch, key), mix.partners, permuted)
+            if self.layer == INPUT and inputs:
+                for key in group.inputs:
+                    values[key] = self._input(self.places.of(batch, key), key, inputs[number])
+        return self.places.replace(batch, values)
 
-    def disarm(self) -> None:
-        """Takes everything back; tensors that are still in superposition are plain from now on."""
-        self._undo.close()
-        if self._superposition is not None:
-            self._superposition.close()
+    def _label(self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, classes: bool) -> Tensor:
+        dim = self.places.target_dim if target.ndim > self.places.target_dim else 0
+        n = len(mix.partners)
+        if target.ndim == 0 or target.shape[dim] != n:
+            raise ValueError(
+                f"Expected a target of {n} samples in dimension {dim}, as the batch has, got shape "
+                f"{tuple(target.shape)}."
+            )
+        if target.dtype == torch.float16 or target.is_complex():
+            raise TypeError(
+                f"A target of dtype {target.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft "
+                "or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
+            )
+        if target.is_floating_point() and not classes:
+            return mix(target, dim)
+        if how == "labels":
+            return target
+        partners = target.index_select(dim, mix.partners.to(target.device, non_blocking=True))
+        if how == "partners":
+            return partners
+        assert superposition is not None
+        if how == "superposed":  # a copy: what the step writes into its labels must not reach the batch
+            return superposition.superpose(target.detach().clone(), partners)
+        return superposition.ordered(target, partners)[0 if how == "dominant" else 1]
 
-    def run(self, training_step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """The user's step on the mixed batch. An LBFGS closure comes here several times, and is mixed the same."""
-        if self.hook is not None:
-            self.hook.fired = False
-        output = training_step(self.mixed(batch), *args, **kwargs)
-        self.check(output)
-        clean_states(self.metrics)
-        return plain(output)
-
-    def mixed(self, batch: Any) -> Any:
-        """The batch that the user's step is handed; the batch itself stays as it is."""
-        if self._superposition is not None:
-            self._superposition.close()
-        target_keys = self.keys.find_targets(batch)
-        targets = self.mix.target({str(key): batches.get(batch, key, "target") for key in target_keys})
-        self._superposition = next(iter(superpositions(targets)), None)
-        input_keys = self.keys.find_inputs(batch) if self.layer == INPUT else []
-        for key in input_keys:
-            batch = batches.replaced(batch, key, self._mixed_input(batches.get(batch, key, "input"), key))
-        for key in target_keys:
-            batch = batches.replaced(batch, key, targets[str(key)])
-        return batch
-
-    def _mixed_input(self, value: Any, key: Key) -> Any:
-        if not any(t.is_floating_point() for t in batches.tensors(value)):
+    def _input(self, value: Any, key: Any, mix: Mix) -> Any:
+        if not any(tensor.is_floating_point() for tensor in batches.tensors(value)):
             raise ValueError(
                 f"'input' is in S, but the input at {key!r} is {batches.describe(value, '')}: integers, such as token "
                 "ids, have no mixture. Take 'input' out of `layers` and mix after the embedding instead."
             )
         try:
-            return self.mix(value, self.batch_dim)
+            return mix(value, self.batch_dim)
         except MixingError as error:
             raise MixingError(f"The input at {key!r} and the target do not hold the same samples. {error}") from None
 
+
+def _mask(mask: Tensor, partners: Tensor, permuted: bool) -> Tensor:
+    of_partners = mask[partners.to(mask.device, non_blocking=True)]
+    if permuted:
+        return of_partners
+    return mask | of_partners if mask.dtype == torch.bool else torch.maximum(mask, of_partners)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a training step returned; None if it skips the batch."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """What a training step returned, with another loss."""
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+
+class Step:
+    """The training step of one batch.
+
+    Args:
+        module: whose ``training_step`` is run.
+        site: where it is mixed.
+        mixes: the draw of each group of samples, on the batch's device; one unless there are several data loaders.
+        hook: the hook at layer k of ``module``, or None if k is the input.
+        superposition: of the labels.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        site: Site,
+        mixes: tuple[Mix, ...],
+        hook: MixingHook | None,
+        superposition: Superposition,
+    ) -> None:
+        self.module, self.site, self.mixes, self.hook = module, site, mixes, hook
+        self.superposition = superposition
+        self.reader: Reader | None = None
+        self.equal_labels = False
+
+    def once(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
+        """One pass, with the labels in superposition. An LBFGS closure comes here several times, mixed the same."""
+        hook = hook or self.hook
+        if hook is not None:
+            hook.arm(self.mixes)
+        superposition = self.superposition
+        superposition.open, superposition.used, superposition.reader = True, False, self.reader
+        try:
+            batch = self.site.mixed(call.batch, self.mixes, self.mixes, "superposed", superposition)
+            output = call.of(training_step, batch)
+            self._check(output, hook, superposition, batch)
+            return plain(output)
+        finally:
+            superposition.close()
+
+    def twice(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
+        """Two passes, one for each labelling: the module sees the dominant labels, a ghost of it the others."""
+        hook = hook or self.hook
+        if not self.module.automatic_optimization:
+            raise MixingError(
+                f"{self.where} under manual optimization a training step cannot run once for each labelling. Compute "
+                "the loss with `mixed_loss(function, logits, y)` or in a criterion module (nn.Module)."
+            )
+        if self.superposition.lam.ndim:
+            raise MixingError(
+                f"{self.where} lam has one value for each sample, and the training step runs once for each labelling: "
+                "its loss has been summed up without their lam. Draw one lam for the batch, or take the loss of each "
+                "sample (`reduction='none'`)."
+            )
+        ghost = ghost_of(self.module)
+        states = random_states(self.module.parameters())
+        first = self._pass(training_step, call, "dominant", hook)
+        after = random_states(self.module.parameters())
+        set_random_states(states)  # the same dropout in both passes: one state, two labellings
+        # Hooked for good: activation checkpoints run it again in backward.
+        second = self._pass(ghost.training_step, call, "other", self.site.hook(ghost, self.mixes, ExitStack()))
+        set_random_states(after)
+        loss, other = loss_of(first), loss_of(second)
+        if loss is None or other is None:
+            return None
+        return with_loss(first, self.superposition.mean(loss, other))
+
+    def _pass(self, training_step: Callable[..., Any], call: Call, how: How, hook: MixingHook | None) -> Any:
+        if hook is not None:
+            hook.arm(self.mixes)
+        batch = self.site.mixed(call.batch, self.mixes, self.mixes, how, self.superposition)
+        output = call.of(training_step, batch)
+        self._check(output, hook, None, batch)
+        return output
+
+    def beside_clean(self, training_step: Callable[..., Any], call: Call, weight: float, passes: int) -> Any:
+        """RegMixup (Pinto et al. 2022): the loss of the mixed batch on a ghost, plus ``weight`` times the clean one."""
+        ghost = ghost_of(self.module)
+        states = random_states(self.module.parameters())
+        clean = call.of(training_step, call.batch)
+        after = random_states(self.module.parameters())
+        set_random_states(states)
+        plain_metrics(ghost, ExitStack())
+        hook = self.site.hook(ghost, self.mixes, ExitStack())
+        mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, call, hook)
+        set_random_states(after)
+        loss, other = loss_of(clean), loss_of(mixed)
+        if loss is None or other is None:
+            return None
+        return with_loss(clean, weight * loss + other)
+
     # ---------------------------------------------------------------------------------------------------------- checks
 
-    def check(self, output: Any) -> None:
-        """Whether the whole promise was kept: the state mixed at layer k, and a loss that used the mixed target.
-
-        Raises:
-            MixingError: if not.
-        """
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if self.module.automatic_optimization and loss is None:  # the user skips this batch
+    def _check(self, output: Any, hook: MixingHook | None, superposition: Superposition | None, batch: Any) -> None:
+        """Whether the promise was kept: the state mixed at layer k, and a loss that used the mixed target."""
+        if self.module.automatic_optimization and loss_of(output) is None:  # the user skips this batch
             return
-        if not self._state_mixed:
-            self._raise_unmixed()
-        if not self._target_used:
-            raise self.unused_target()
+        if self.site.layer != INPUT and hook is not None and not hook.calls:
+            raise self.unmixed()
+        unused = superposition is not None and superposition.holds_labels and not superposition.used
+        if unused and not self.equal_labels:
+            raise self.unused_target(batch)
 
     def check_halves(self) -> None:
         """Before a backward pass or an optimizer step of the user's own: no mixed labels on states that are not mixed.
@@ -179,69 +286,31 @@ class MixedStep:
         Raises:
             MixingError: if only one half of the promise was kept so far.
         """
-        if self._superposition is not None and self._target_used and not self._state_mixed:
-            self._raise_unmixed()
+        if self.superposition.used and self.hook is not None and not self.hook.calls:
+            raise self.unmixed()
 
     @property
-    def _state_mixed(self) -> bool:
-        return self.hook is None or self.hook.fired
-
-    @property
-    def loss_used_labels(self) -> bool:
-        """Whether labels in superposition have led to a value with a gradient."""
-        return self._superposition is not None and self._superposition.used
-
-    @property
-    def _target_used(self) -> bool:
-        return self._superposition is None or self._superposition.used  # a float target is a tensor like any other
-
-    @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """For messages: which step this is."""
         trainer = self.module.trainer
-        return f"Manifold Mixup, epoch {trainer.current_epoch}, step {trainer.global_step}, layer {self.layer!r}:"
+        return f"Manifold Mixup, epoch {trainer.current_epoch}, step {trainer.global_step}, layer {self.site.layer!r}:"
 
-    def unused_target(self) -> MixingError:
+    def unused_target(self, batch: Any) -> MixingError:
         """The error for a batch whose mixed target no loss has used."""
-        keys = ", ".join(map(repr, self.keys.targets)) if self.keys.targets != [None] else "found by itself"
         return MixingError(
-            f"{self._where} the target was mixed, but no loss with a gradient used it. Either the loss takes its "
-            f"labels from elsewhere: check `target_key` ({keys}). Or they went through something that cannot keep them "
-            "(numpy, `.item()`, a scripted function): compute the loss with `mixed_loss(function, logits, y)` or in a "
-            "criterion module. Nothing was updated."
+            f"{self.where} the target was mixed, but no loss with a gradient used it: the loss takes its labels from "
+            f"elsewhere. Set `target_key` (now {_quoted(self.site.places.targets)}) to the key of the labels, or to a "
+            f"list of keys. The batch is:\n{batches.describe(batch)}"
         )
 
-    def leaked_target(self, where: str) -> MixingError:
-        """The error for a loss that has read the labels past their superposition."""
+    def unmixed(self) -> MixingError:
+        """The error for a batch whose state has not been mixed."""
         return MixingError(
-            f"{self._where} {where} read the mixed target as plain labels, so a part of the loss would be that of the "
-            "dominant labels alone. TorchScript, torch.vmap and `torch.tensor(y)` do not know of labels in "
-            "superposition: compute that part with `mixed_loss(function, logits, y)` or in a criterion module (or, for "
-            "a metric, under `torch.no_grad()`). Nothing was updated."
-        )
-
-    def _raise_unmixed(self) -> None:
-        raise MixingError(
-            f"{self._where} expected the output of this layer to be mixed in training_step, but it was not: the layer "
+            f"{self.where} expected the output of this layer to be mixed in training_step, but it was not: the layer "
             "was not called, or only under torch.no_grad() or in eval mode. Take it out of `layers`, or call "
-            "`.train()` on it; if the network was compiled and run before this fit, call `torch._dynamo.reset()` "
-            "first. Nothing was updated."
+            "`.train()` on it; if the network was compiled and run before this fit, call `torch._dynamo.reset()` first."
         )
 
 
-class _StandIn:
-    """What stands in the place of ``training_step`` for one batch."""
-
-    def __init__(self, step: MixedStep, original: Callable[..., Any], observer: Observer | None) -> None:
-        self.step, self.original, self.observer = step, original, observer
-        self.__wrapped__ = inspect.unwrap(original)  # Lightning reads the signature there
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.step.run(self.observer(self.original) if self.observer else self.original, *args, **kwargs)
-
-    # A copy of the module gets its own training step back, which is not mixed.
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self.step.module)]
-        return types.MethodType(type(copied).training_step, copied)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.step.module, "training_step")
+def _quoted(keys: Collection[Any]) -> str:
+    return ", ".join(map(repr, keys))

@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
         | {"seconds a run": f"{row['seconds a run']:.0f}"}
         for row in rows
     ]
-    print_table(table, "Test set, mean ± standard deviation over the seeds", sections="recipe")
+    print_table(table, "Test set, mean ± standard deviation over the seeds", section=itemgetter("recipe"))
 
 
 def plot(results: Sequence[Result]) -> Figure:

@@ -10,18 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.cli.request import asked_for, class_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, UsageError
-from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.cli.training import Parser, Prepared
 from lightning_manifold_mixup.evaluation import console
-from lightning_manifold_mixup.layers import LayerReport, eligible_layers
+from lightning_manifold_mixup.layers import LayerReport, eligible_layers, has_forward
 from lightning_manifold_mixup.paper.quiet import quiet_lightning
 
 _SAMPLES = 5
@@ -62,7 +61,7 @@ def _observed(model: nn.Module, inputs: Any) -> LayerReport:
     try:
         return eligible_layers(model, inputs)
     except Exception as error:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in batches.tensors(inputs))
         cause = str(error).partition("\n")[0]
         raise UsageError(
             f"{type(model).__name__} does not run on an input of shape {shapes}: {cause.rstrip('.!')}. "
@@ -84,14 +83,21 @@ def _from_recipe(args: list[str], shape: tuple[int, ...] | None) -> tuple[nn.Mod
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     batch = next(iter(cli.datamodule.train_dataloader()))
-    with suppress(ValueError):  # where no input is found, the first tensor is taken
-        batch = batches.get(batch, batches.find(batch, "input", None))
-    return cli.model, next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))[:_SAMPLES]
+    return cli.model, _input_of(batch) if has_forward(cli.model) else batch
+
+
+def _input_of(batch: Any) -> Any:
+    """Return what the network is called with: the input, as the callback finds it, or else the first tensor."""
+    with suppress(ValueError, TypeError):
+        places = Keys().locate(batch)
+        if places.inputs:
+            batch = places.of(batch, places.inputs[0])
+    return next(batches.tensors(batch))[:_SAMPLES]
 
 
 def _bare(args: list[str]) -> nn.Module:
     """Make any network, from the options `--model.class_path` (of a class or function) and `--model.init_args`."""
-    parser = ArgumentParser(prog=f"{PROGRAM} layers")
+    parser = Parser(prog=f"{PROGRAM} layers")
     parser.add_argument("--model", type=nn.Module, required=True)
     # Without defaults, because jsonargparse finds some that functions with keyword arguments (swin_t) do not accept.
     config = parser.parse_args(args, defaults=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from operator import itemgetter
 
 from lightning_manifold_mixup.cli.terminal import PROGRAM
 from lightning_manifold_mixup.evaluation import print_table
@@ -109,7 +110,7 @@ def operations(row: str) -> float:
 
 def _print_list() -> None:
     small = [{"recipe": name, "what": about(name)} for name in recipes.names() if not recipes.is_row(name)]
-    print_table(small, "Recipes", sections="recipe")
+    print_table(small, "Recipes", section=itemgetter("recipe"))
     rows = []
     for name in recipes.row_names():
         data, network, method = name.split("-")
@@ -122,5 +123,5 @@ def _print_list() -> None:
         cost = operations(name)
         cells = (name, *numbers, f"{cost / 1e18:.1f} EFLOP, {cost / 20e12 / 3600:.0f} h")
         rows.append(dict(zip(("recipe", "error %", "NLL", "cost (GPU)"), cells, strict=True)))
-    print_table(rows, "Rows of the paper's tables")
+    print_table(rows, "Rows of the paper's tables", section=lambda row: row["recipe"].rpartition("-")[0])
     print(_NOTES, end="")

@@ -38,6 +38,7 @@ def asked_for(args: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: for an unknown recipe.
+        UsageError: for `--config` without a value.
 
     Example:
         >>> asked_for(["--model", "Mine", "--model.init_args.alpha=0", "--data.batch_size", "5"])
@@ -48,6 +49,8 @@ def asked_for(args: Sequence[str]) -> dict[str, Any]:
         option, equals, text = arg.partition("=")
         text = text if equals else args[index + 1] if index + 1 < len(args) else ""
         if option in ("-c", "--config"):
+            if not text:
+                raise UsageError(f"Expected a file or the name of a recipe after {option}, got nothing.")
             config = recipes.merge(config, recipes.read(recipes.layers_of(text)))
         elif option.startswith(("--model", "--data")):
             head, *keys = option[2:].split(".")

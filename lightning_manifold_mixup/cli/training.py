@@ -26,7 +26,7 @@ for _module in ("jsonargparse", "rich"):  # Lightning's own message does not nam
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 
-__all__ = ["ManifoldMixupCLI", "Prepared", "print_results"]
+__all__ = ["ManifoldMixupCLI", "Parser", "Prepared", "print_results"]
 
 DEFAULT_MODEL = "lightning_manifold_mixup.ManifoldMixupModule"
 

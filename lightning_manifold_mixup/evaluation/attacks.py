@@ -1,11 +1,11 @@
-"""Single-step and multi-step adversarial examples, and the accuracy that is left under them.
+"""Adversarial examples of one step and of several steps, and the accuracy under them.
 
 Epsilons are in pixel units: 4/255 moves a pixel of an 8-bit image by at most 4 steps, whatever normalisation the
 model's input went through. Images come in, and go out, as the model takes them; `mean` and `std` say how they were
 normalised.
 
-The paper (Verma et al., arXiv 1806.05236) reports FGSM without stating epsilon, and says that
-multi-step attacks are not resisted: PGD is here to show that.
+The paper (Verma et al., arXiv 1806.05236) reports FGSM without stating epsilon. It says that Manifold Mixup does not
+resist attacks of several steps, which PGD can show.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def pgd(
     """Take several signed gradient steps, staying within epsilon of the image (Madry et al., arXiv 1706.06083).
 
     Works inside `torch.no_grad` and `torch.inference_mode`. Only the gradient with respect to the images is computed:
-    no `.grad` of a parameter changes. Autocast is off while it is: float16 gradients of confident samples underflow
-    to 0, and a zero gradient is no attack.
+    no `.grad` of a parameter changes. It is computed without autocast, because float16 gradients of confident samples
+    underflow to 0, and a zero gradient does not change the image.
 
     Args:
         model: gives logits (n, classes) for images. Used in the mode it is in: call `model.eval()` before.
@@ -137,7 +137,7 @@ def adversarial_correct(
     epsilons: Sequence[float],
     attack: Callable[[Model, Tensor, Tensor, float], Tensor] = fgsm,
 ) -> Tensor:
-    """Say which images are still classified rightly under an attack of each strength.
+    """Find the images that are still classified correctly under an attack of each strength.
 
     Args:
         model: gives logits (n, classes) for images.
@@ -172,8 +172,8 @@ class AttackCallback(EvaluationCallback):
     Args:
         epsilons: attack strengths in pixel units, as numbers (0.0157) or fractions ("4/255").
         mean: subtracted from the pixels by the data's normalisation, one number or one per channel. If None, the
-            `mean` of the Trainer's data module, as those of this package have it; 0 if there is none.
-        std: divided by in the data's normalisation, likewise; 1 if there is none.
+            attribute `mean` of the Trainer's data module; 0 if it has none.
+        std: divided by in the data's normalisation, likewise; 1 if the data module has none.
         pgd_steps: gradient steps of PGD, which starts at a random point; with 0 only FGSM is run.
         kwargs: the arguments of `EvaluationCallback`; `seed` draws PGD's starting points.
 
@@ -245,20 +245,20 @@ def plot_attacks(ax: Axes, rows: list[Row]) -> None:
         if len(line) > len(clean):
             x = [255 * float(Fraction(row["epsilon"] or 0)) for row in line]
             y = [100 * row["accuracy"] for row in line]
-            ax.plot(x, y, marker=marker, label=name.upper(), clip_on=False)  # whole markers at 0 and 100 %
+            ax.plot(x, y, marker=marker, label=name.upper(), clip_on=False)  # markers at 0 % are not cut
     ax.set(xlabel="ε (pixel steps of 1/255)", ylabel="accuracy (%)", ylim=(0, 100), title="Accuracy under attack")
     ax.grid(alpha=0.3)
     ax.legend()
 
 
 def _label(epsilon: float) -> str:
-    """The epsilon as it is usually given, "4/255", or in decimals."""
+    """Write an epsilon as usual, "4/255", or in decimals."""
     steps = epsilon * 255
     return f"{steps:.0f}/255" if abs(steps - round(steps)) < 1e-6 else f"{epsilon:.4g}"
 
 
 def _per_channel(value: float | Sequence[float], images: Tensor) -> Tensor:
-    """The value as a tensor that broadcasts against images (n, channels, ...)."""
+    """Make a tensor that broadcasts against images (n, channels, ...)."""
     tensor = torch.as_tensor(value, device=images.device)
     return tensor if tensor.ndim == 0 else tensor.view(-1, *[1] * (images.ndim - 2))
 

@@ -132,9 +132,10 @@ class CalibrationCallback(EvaluationCallback):
         """Logits and targets of the batches of another loader than the one that is evaluated."""
         for batch in loader:
             batch = trainer.strategy.batch_to_device(batch)
+            images, target = self.entries(batch)
             with trainer.precision_plugin.forward_context():
-                logits = self.logits(pl_module, self._entry(batch, self.input_key)).float()
-            yield logits, self._entry(batch, self.target_key)
+                logits = self.logits(pl_module, images).float()
+            yield logits, target
 
     @override
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:

@@ -29,12 +29,12 @@ __all__ = ["DEFORMATIONS", "Deformation", "DeformationCallback", "deform", "plot
 
 @dataclass(frozen=True)
 class Deformation:
-    """A random affine map, drawn for each image anew.
+    """A random affine map, drawn anew for each image.
 
     Args:
         rotation: largest angle in degrees; the angle is uniform in [-rotation, rotation].
         shear: largest horizontal shear angle in degrees; uniform in [-shear, shear].
-        zoom: width of what is seen, in widths of the image: below 1 zooms in, above 1 zooms out.
+        zoom: width of the visible part, in widths of the image: below 1 zooms in, above 1 zooms out.
     """
 
     rotation: float = 0.0
@@ -65,9 +65,9 @@ def deform(
 
     Args:
         images: (n, channels, height, width), in any units.
-        deformation: how.
+        deformation: the largest angles, and the zoom.
         generator: draws the angles, on the CPU; the global generator if None.
-        fill: value of what comes into view from outside, in the images' units, one number or one per channel. 0 in
+        fill: value of pixels from outside the image, in the images' units, one number or one per channel. 0 in
             normalised images is the mean colour.
 
     Returns:
@@ -100,8 +100,8 @@ class DeformationCallback(EvaluationCallback):
     (`test_deformations/rotation_20_accuracy`) and the figure. Every run sees the same deformations.
 
     Args:
-        fill: value of what comes into view from outside the image, in the units of the batch, one number or one per
-            channel. 0 in normalised images is the mean colour.
+        fill: value of pixels from outside the image, in the units of the batch, one number or one per channel. 0 in
+            normalised images is the mean colour.
         kwargs: the arguments of `EvaluationCallback`; `seed` draws the angles.
 
     Example:

@@ -1,7 +1,7 @@
-"""Each number beside its plot: rows of results as a terminal table, CSV, JSON, a picture, and in the logger.
+"""Reports of results: the rows as a table, as CSV and JSON, as a picture, and in the logger.
 
-`EvaluationCallback` is what the evaluations have in common; `attacks.py`, `deformations.py`, `calibration.py` and
-`spectrum.py` say what is measured.
+`EvaluationCallback` has what all evaluations share. What is measured is in `attacks.py`, `deformations.py`,
+`calibration.py` and `spectrum.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup._step.host import Callback
+from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.evaluation.tables import Row, print_table
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None
 
     Args:
         rows: the results; all rows have the columns of the first.
-        path: of the files, without suffix; the directory is made if need be.
+        path: of the files, without suffix; a missing directory is created.
         figure: drawn from the rows.
-        details: what goes into the JSON only (curves, histograms), beside "rows". NaN becomes null there.
+        details: further entries of the JSON file, beside "rows" (curves, histograms). NaN becomes null there.
 
     Returns:
         The paths of the files.
@@ -54,7 +55,7 @@ def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not `with_suffix`: the name may hold a dot of its own
+    # `with_suffix` would cut a name that has a dot
     table, data, picture = (path.parent / f"{path.name}.{suffix}" for suffix in ("csv", "json", "png"))
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -68,7 +69,7 @@ def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None
 
 
 def _without_nan(value: Any) -> Any:
-    """The value with None for NaN, which JSON does not have."""
+    """Replace NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -77,7 +78,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def scalars(rows: Iterable[Row]) -> dict[str, float]:
-    """Name every number of the rows, as loggers want them.
+    """Give every number of the rows a name for loggers.
 
     Example:
         >>> scalars([{"attack": "fgsm", "epsilon": "4/255", "accuracy": 0.25, "nll": None}])
@@ -107,20 +108,21 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-class EvaluationCallback(L.Callback, ABC):
-    """What evaluations on the batches of `trainer.validate` and `trainer.test` have in common.
+class EvaluationCallback(Callback, ABC):
+    """Base class of evaluations on the batches of `trainer.validate` and `trainer.test`.
 
-    A subclass says what it measures on a batch (`update`), what it got (`compute`), and how that looks (`plot`). For
-    that it has `record`, for means over all batches and ranks, and random numbers of its own in `self.generator`. With
-    several dataloaders, the first is evaluated. `rows` are the results of the last run.
+    A subclass measures one batch in `update`, returns the results in `compute` and draws them in `plot`. It may call
+    `record` to average over all batches and ranks, and draw random numbers from `self.generator`. Of several
+    dataloaders, the first is evaluated. `rows` are the results of the last run.
 
     Override `should_evaluate` to evaluate at other times and `logits` for a module whose forward does not give logits.
 
     Args:
-        seed: of the callback's own generator; the same numbers are drawn in every run of the loop.
+        seed: of the callback's own generator; every run draws the same numbers.
         dirname: where the files go; the logger's directory if None.
-        input_key: where the images are in a batch: an index, or a key if batches are dicts.
-        target_key: where the class indices are in a batch.
+        input_key: where the images are in a batch: an index or a name, with dots for nested batches (`"labelled.0"`).
+            None finds them, as `ManifoldMixupCallback` does.
+        target_key: where the class indices are, likewise.
         verbose: whether to print the table.
     """
 
@@ -130,48 +132,50 @@ class EvaluationCallback(L.Callback, ABC):
         self,
         seed: int = 0,
         dirname: str | None = None,
-        input_key: int | str = 0,
-        target_key: int | str = 1,
+        input_key: int | str | None = None,
+        target_key: int | str | None = None,
         verbose: bool = True,
     ) -> None:
         self.seed = seed
         self.verbose = verbose
         self.dirname = dirname
         self.input_key, self.target_key = input_key, target_key
+        self._keys = Keys(input_key, target_key)
         self.means: dict[str, MeanMetric] = {}
         self.rows: list[Row] = []
         self.generator = torch.Generator()
 
     @abstractmethod
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:
-        """Measure one batch; `self.logits(pl_module, images)` gives the logits (n, classes)."""
+        """Measure one batch; `self.logits(pl_module, images)` returns the logits (n, classes)."""
 
     @abstractmethod
     def compute(self) -> tuple[list[Row], dict[str, Any]]:
-        """Give the rows of results, and details that go to the JSON file only. Called on all ranks."""
+        """Return the rows of results, and details for the JSON file. Called on all ranks."""
 
     @abstractmethod
     def plot(self, rows: list[Row], details: dict[str, Any]) -> Figure:
-        """Draw what `compute` gave. Called on rank 0."""
+        """Draw the results of `compute`. Called on rank 0."""
 
     def start(self) -> None:
-        """Forget the last run. A subclass with metrics of its own forgets them here."""
+        """Reset what the last run has recorded. A subclass with metrics of its own resets them here, too."""
         self.means = {}
 
     def record(self, key: str, values: Tensor) -> None:
         """Add values to the mean `self.means[key]`, which is taken over all batches and ranks."""
         if key not in self.means:
             self.means[key] = MeanMetric()
-            self.means[key].set_dtype(torch.float32)  # under "16-true" the default is float16, which counts to 2048
+            # under "16-true" the default is float16, which cannot count above 2048
+            self.means[key].set_dtype(torch.float32)
             self.means[key].to(values.device)
         self.means[key].update(values)
 
     def should_evaluate(self, trainer: L.Trainer) -> bool:
-        """By default not in the validation that is part of `fit`, for its cost."""
+        """Decide whether to evaluate; by default not in the validation during `fit`, because of the cost."""
         return trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
 
     def logits(self, pl_module: L.LightningModule, images: Tensor) -> Tensor:
-        """The module's logits (n, classes)."""
+        """Return the module's logits (n, classes)."""
         logits = pl_module(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -183,7 +187,7 @@ class EvaluationCallback(L.Callback, ABC):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for module in ("matplotlib", "rich"):  # missed now rather than after an hour of attacks
+        for module in ("matplotlib", "rich"):  # if one is missing, better now than after an hour of attacks
             require(module, "cli")
 
     @override
@@ -203,9 +207,14 @@ class EvaluationCallback(L.Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         if self.should_evaluate(trainer) and dataloader_idx == 0:
-            images, target = self._entry(batch, self.input_key), self._entry(batch, self.target_key)
+            images, target = self.entries(batch)
             with trainer.precision_plugin.forward_context():
                 self.update(pl_module, images, target)
+
+    def entries(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The images and the class indices of a batch."""
+        places = self._keys.locate(batch)
+        return places.of(batch, places.require_inputs()[0]), places.of(batch, places.targets[0])
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -216,7 +225,7 @@ class EvaluationCallback(L.Callback, ABC):
         self.rows = rows
         pl_module.log_dict({f"{name}/{key}": value for key, value in scalars(rows).items()}, sync_dist=True)
         if getattr(trainer, "fast_dev_run", False):
-            return  # which leaves nothing behind
+            return  # a run for debugging writes no files
         dirname = trainer.log_dir if self.dirname is None else self.dirname  # `log_dir` needs all ranks: it broadcasts
         if trainer.is_global_zero:
             figure = self.plot(rows, details)
@@ -224,19 +233,11 @@ class EvaluationCallback(L.Callback, ABC):
             if self.verbose and trainer.state.fn != TrainerFn.FITTING:
                 print_table(rows, name.replace("_", " "))
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure(name, figure, trainer.global_step)
+                # TensorBoard's logger has it, under either name of Lightning
+                add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+                if add_figure is not None:
+                    add_figure(name, figure, trainer.global_step)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
-
-    def _entry(self, batch: Any, key: int | str) -> Tensor:
-        try:
-            return batch[key]  # type: ignore[no-any-return]
-        except (KeyError, IndexError, TypeError):
-            keys = list(batch) if isinstance(batch, dict) else f"a {type(batch).__name__}"
-            raise KeyError(
-                f"{type(self).__name__} looked for {key!r} in a batch and found {keys}: "
-                "pass `input_key` and `target_key`"
-            ) from None

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 __all__ = ["ClassSpectrum", "RepresentationCallback", "hidden_states", "plot_spectrum", "spectrum_summary"]
 
 MAX_BYTES = 2**31
-"""What the second moments of one layer may take; 10 classes of 4096 features take 1.25 GiB."""
+"""Limit for the second moments of one layer; 10 classes of 4096 features take 1.25 GiB."""
 
 
 def spectrum_summary(singular_values: Tensor, num_directions: int) -> dict[str, Tensor]:
-    """Put spectra into a few numbers each.
+    """Summarise each spectrum in a few numbers.
 
     Args:
         singular_values: (..., features), in descending order.
-        num_directions: how many of the first directions `variance_share` is about.
+        num_directions: how many directions count for "variance_share".
 
     Returns:
         Each (...): "largest", and "rest", the sum of all others; "effective_rank", the exponential of the entropy of
@@ -59,11 +59,11 @@ def spectrum_summary(singular_values: Tensor, num_directions: int) -> dict[str, 
 
 
 class ClassSpectrum(Metric):
-    """Singular values of each class's hidden states, streaming.
+    """Singular values of each class's hidden states, accumulated over batches.
 
-    Those of the (n_c, features) matrix of the class's states, mean subtracted if `centred`. They grow with the square
-    root of n_c, as the paper's do. Only counts, sums and second moments are kept, in float64: memory is num_classes *
-    features^2 * 8 bytes, whatever the number of samples, and ranks are reduced by addition.
+    The matrix of a class has the shape (n_c, features); its mean is subtracted if `centred`. The values grow with the
+    square root of n_c, as in the paper. Only counts, sums and second moments are kept, in float64: memory is
+    num_classes * features^2 * 8 bytes, whatever the number of samples, and ranks are reduced by addition.
 
     Singular values are square roots of eigenvalues of the second moments, so a singular value is only known to about
     1e-8 times the largest one before centring. A class on a subspace gives values of that size, not 0, in the other
@@ -135,7 +135,7 @@ class ClassSpectrum(Metric):
             self.moment[c] += of_class.T @ of_class
 
     def compute(self) -> dict[str, Tensor]:
-        """Give the spectra and their summaries.
+        """Compute the spectra and their summaries.
 
         Returns:
             "singular_values" (num_classes, num_features), descending, and the entries of `spectrum_summary`, each
@@ -154,7 +154,7 @@ class ClassSpectrum(Metric):
         """Draw the spectrum of each class, and their mean.
 
         Args:
-            val: what `compute` gave; computed if None.
+            val: the result of `compute`; computed if None.
             ax: to draw on; a new figure's if None.
 
         Returns:
@@ -197,10 +197,10 @@ def hidden_states(
     pool: bool = False,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a model once and give the outputs of some of its layers beside its own.
+    """Run a model once, and return the outputs of some of its layers with its own.
 
-    The forward hooks exist during this call only. A compiled model is run uncompiled, for compiled code ignores new
-    hooks.
+    The forward hooks exist during this call only. A compiled model is run uncompiled, because compiled code
+    ignores new hooks.
 
     Args:
         model: holds the layers.
@@ -258,7 +258,7 @@ class RepresentationCallback(EvaluationCallback):
         layers: names of the module's submodules, and globs (`"model.layer*"`); "input" is the input itself.
         pool: average over positions of images and sequences instead of flattening.
         centred: subtract each class's mean.
-        kwargs: the arguments of `EvaluationCallback`; nothing random happens here, so `seed` has no effect.
+        kwargs: the arguments of `EvaluationCallback`; nothing is random here, so `seed` has no effect.
 
     Example:
         >>> callback = RepresentationCallback(layers=["model.layer1", "model.layer2"], pool=True)
@@ -287,7 +287,7 @@ class RepresentationCallback(EvaluationCallback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        resolve_layers(pl_module, self.layers)  # a misspelt name is better known now than after the first epoch
+        resolve_layers(pl_module, self.layers)  # so that a misspelt name is an error now, not after the first epoch
 
     @override
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def console() -> Console:
     return made
 
 
-def print_table(rows: Sequence[Row], title: str | None = None, sections: str | None = None) -> None:
+def print_table(rows: Sequence[Row], title: str | None = None, section: Callable[[Row], object] | None = None) -> None:
     """Print rows of results to the terminal.
 
     Floats have four decimals. Columns of numbers, also of texts that begin with a number, are aligned to the right.
@@ -36,7 +36,7 @@ def print_table(rows: Sequence[Row], title: str | None = None, sections: str | N
     Args:
         rows: the lines of the table; all have the columns of the first.
         title: stands above the table.
-        sections: a column; a rule separates rows that differ in it.
+        section: of a row; a rule separates rows of different sections.
 
     Raises:
         ModuleNotFoundError: without rich; the message has the pip command.
@@ -58,7 +58,7 @@ def print_table(rows: Sequence[Row], title: str | None = None, sections: str | N
         # In a narrow terminal, words are folded: cut short, a name could not be copied.
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row, following, line in zip(rows, [*rows[1:], None], cells, strict=True):
-        last = sections is not None and (following is None or row[sections] != following[sections])
+        last = section is not None and following is not None and section(row) != section(following)
         table.add_row(*line, end_section=last)
     console().print(table)
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from lightning_manifold_mixup._step.dims import sample_dims
 from lightning_manifold_mixup.layers.flow import SOURCE, Flow
 from lightning_manifold_mixup.layers.names import INPUT, named_layers
 from lightning_manifold_mixup.layers.paths import count_paths, find_sinks, weights_after
@@ -36,6 +37,7 @@ class Call:
         order: Position among all calls, in the order in which they returned.
         marks: The tensors of content that it returned.
         shapes: Shapes of all tensors of floating point numbers that it returned, in the order of the structure.
+        from_input: For each of `shapes`, whether the tensor holds content (a codebook, say, comes from the weights).
         carries_gradient: Whether it ran in a forward pass that is back-propagated.
         training: Whether it ran in training mode; in eval mode, which is for teachers, nothing is mixed.
         transformed: Whether it ran inside a transform such as `torch.vmap`.
@@ -44,6 +46,7 @@ class Call:
     order: int
     marks: tuple[Mark, ...]
     shapes: tuple[tuple[int, ...], ...]
+    from_input: tuple[bool, ...]
     carries_gradient: bool
     training: bool = True
     transformed: bool = False
@@ -59,12 +62,16 @@ class Verdict(Enum):
     UNCALLED = "never called"
     SCRIPTED = "TorchScript takes no hooks"
     TRANSFORMED = "runs inside torch.func or torch.vmap"
-    UNUSED = "return value not used"
+    UNUSED = "leads to no loss of the targets"
     NO_DATA = "does not depend on the input"
     NO_TENSOR = "returns no float tensor"
     NO_GRADIENT = "runs without gradients"
     EVAL_MODE = "runs in eval mode"
     NO_BATCH = "no batch dimension"
+    OTHER_ROWS = "rows are not samples"
+    CALLED_ON_OTHERS = "called on other rows, too"
+    NOT_OF_INPUT = "returns weights beside the state"
+    ROWS_EXCHANGED = "rows are exchanged after it"
     UNCLEAR_BATCH = "unclear batch dimension: set batch_dim"
     LOOKED_UP = "integer inputs go around it"
 
@@ -103,13 +110,38 @@ class Layer:
         return self.verdict is Verdict.ELIGIBLE
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What counts samples, and what counts something else.
+
+    Attributes:
+        sizes: The numbers of samples of the groups that a layer is called on in turn; usually one.
+        batch_dim: The dimension that runs over samples, None to tell it by its size.
+        others: First sizes of inputs that have no dimension of samples (nodes, points, tokens).
+    """
+
+    sizes: tuple[int, ...]
+    batch_dim: int | None
+    others: frozenset[int]
+
+    def dims(self, layer: Layer, shapes: Sequence[tuple[int, ...]], call: int) -> tuple[int | None, ...]:
+        """Return the dimension of samples of each tensor that a layer returned in one of its calls."""
+        n = self.sizes[call % len(self.sizes)]
+        others = {size for size in self.others if size > n}
+        return sample_dims(shapes, n, self.batch_dim, layer.module, others)
+
+    def dims_of_inputs(self, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, ...]:
+        """Return the same for the inputs, which are those of all groups."""
+        found = [self.dims(layer, shapes, group) for group in range(len(self.sizes))]
+        return tuple(next((dim for dim in dims if dim is not None), None) for dims in zip(*found, strict=True))
+
+
 def analyse(
     root: nn.Module,
     calls: Mapping[str, list[Call]],
     flow: Flow,
     ends: Sequence[int] | None,
-    batch_size: int,
-    batch_dim: int | None,
+    rows: Rows,
 ) -> tuple[list[Layer], bool]:
     """Judge every layer.
 
@@ -118,8 +150,7 @@ def analyse(
         calls: The calls of each layer, by name.
         flow: The record of what flowed between them.
         ends: The nodes of the network's outputs; None to take the content that met a target.
-        batch_size: The number of samples.
-        batch_dim: The dimension that runs over samples, None to tell it by its size.
+        rows: What counts samples.
 
     Returns:
         The layers, the input first, and whether the end of the network was found.
@@ -137,6 +168,7 @@ def analyse(
     followed = weights_after(flow.predecessors, on_path)
     depth = list(accumulate(on_path, initial=0))
 
+    exchanged = weights_after(flow.predecessors, flow.exchanged)
     layers = [Layer(INPUT, None, calls.get(INPUT, []))]
     layers += [Layer(name, module, calls.get(name, [])) for name, module in named_layers(root).items()]
     for layer in layers:
@@ -144,11 +176,15 @@ def analyse(
         if layer.live:
             layer.position = max(mark.node for mark in layer.live[0].marks if through[mark.node])
             layer.depth = depth[layer.position]
-            layer.batch_dims = _batch_dims(layer.module, layer.live[0].shapes, batch_size, batch_dim)
+            first = layer.live[0]
+            layer.batch_dims = rows.dims(layer, first.shapes, layer.calls.index(first))
+            if layer.name == INPUT:
+                layer.batch_dims = rows.dims_of_inputs(layer, first.shapes)
             shapes = [mark.shape for mark in layer.live[0].marks if through[mark.node]]
-            told_by_size = batch_dim is None and batch_size > 1 and not isinstance(layer.module, nn.RNNBase)
-            layer.ambiguous = told_by_size and any(shape[:2] == (batch_size, batch_size) for shape in shapes)
-        layer.verdict = _judge(layer, flow, through, total, followed, batch_size, batch_dim)
+            n = rows.sizes[0]
+            told_by_size = rows.batch_dim is None and n > 1 and not isinstance(layer.module, nn.RNNBase)
+            layer.ambiguous = told_by_size and any(len(shape) > 2 and shape[:2] == (n, n) for shape in shapes)
+        layer.verdict = _judge(layer, flow, through, total, followed, exchanged, rows)
     _group(layers, flow, through, total)
     return layers, found
 
@@ -159,8 +195,8 @@ def _judge(
     through: Sequence[int],
     total: int,
     followed: Sequence[bool],
-    batch_size: int,
-    batch_dim: int | None,
+    exchanged: Sequence[bool],
+    rows: Rows,
 ) -> Verdict:
     if not layer.live:
         return _why_not_live(layer)
@@ -178,19 +214,45 @@ def _judge(
         return Verdict.EVAL_MODE
     if not any(followed[node] for call in nodes for node in call):
         return Verdict.FINAL
-    # A hook mixes all that a layer returns, used or not; of the inputs only those are mixed that are used.
-    outputs = [call.shapes for call in layer.live]
-    if layer.name == INPUT:
-        outputs = [tuple(mark.shape for mark in marks) for marks in live]
-    without = [
-        shape
-        for shapes in outputs
-        for shape, dim in zip(shapes, _batch_dims(layer.module, shapes, batch_size, batch_dim), strict=True)
-        if dim is None and (shape or layer.name == INPUT)
-    ]
-    if any(shape[1:2] == (batch_size,) for shape in without) and batch_dim is None:
-        return Verdict.UNCLEAR_BATCH
-    return Verdict.NO_BATCH if without else Verdict.ELIGIBLE
+    wrong = _wrong_rows(layer, live, rows)
+    if wrong is None and any(exchanged[node] for call in nodes for node in call):
+        return Verdict.ROWS_EXCHANGED
+    return wrong or Verdict.ELIGIBLE
+
+
+def _wrong_rows(layer: Layer, live: Sequence[Sequence[Mark]], rows: Rows) -> Verdict | None:
+    """Say why the rows of a layer cannot be mixed; None if they can."""
+    if layer.name == INPUT:  # of the inputs only those are mixed that are used
+        shapes = tuple(mark.shape for marks in live for mark in marks)
+        calls = [(shapes, rows.dims_of_inputs(layer, shapes), (True,) * len(shapes))]
+    else:  # a hook mixes all that a layer returns, used or not
+        calls = [
+            (call.shapes, rows.dims(layer, call.shapes, layer.calls.index(call)), call.from_input)
+            for call in layer.live
+        ]
+    for shapes, dims, from_input in calls:
+        for shape, dim, content in zip(shapes, dims, from_input, strict=True):
+            if not shape and layer.name != INPUT:
+                continue
+            if not content:
+                return Verdict.NOT_OF_INPUT
+            if dim is None:
+                return _without_samples(shape, rows)
+    # The hook mixes also those calls that lead to no loss of the targets.
+    for index, call in enumerate(layer.calls):
+        if layer.name != INPUT and call.carries_gradient and call.training and call not in layer.live:
+            dims = rows.dims(layer, call.shapes, index)
+            if any(dim is None and shape for shape, dim in zip(call.shapes, dims, strict=True)):
+                return Verdict.CALLED_ON_OTHERS
+    return None
+
+
+def _without_samples(shape: tuple[int, ...], rows: Rows) -> Verdict:
+    if rows.batch_dim is not None or not shape:
+        return Verdict.NO_BATCH
+    if len(shape) == 2 or shape[0] in rows.others:
+        return Verdict.OTHER_ROWS
+    return Verdict.UNCLEAR_BATCH if any(shape[1:2] == (n,) for n in rows.sizes) else Verdict.NO_BATCH
 
 
 def _why_not_live(layer: Layer) -> Verdict:
@@ -243,25 +305,3 @@ def _group(layers: Sequence[Layer], flow: Flow, through: Sequence[int], total: i
             layer.group, groups = groups, groups + 1
         for node in nodes:
             owner[node] = layer
-
-
-def _batch_dims(
-    module: nn.Module | None, shapes: Sequence[tuple[int, ...]], batch_size: int, batch_dim: int | None
-) -> tuple[int | None, ...]:
-    """Return for each shape which dimension runs over samples, None if none does or it is not clear."""
-    if isinstance(module, nn.RNNBase):  # which says so itself, and returns its output first, then its states
-        given: list[int | None] = [0 if module.batch_first else 1, *[1] * (len(shapes) - 1)]
-    else:
-        given = [batch_dim] * len(shapes)
-    return tuple(_batch_dim(shape, batch_size, dim) for shape, dim in zip(shapes, given, strict=True))
-
-
-def _batch_dim(shape: tuple[int, ...], batch_size: int, batch_dim: int | None) -> int | None:
-    # 2n rows may be two views of n samples: no reason to take the next dimension for the samples, if it has size n.
-    several = (
-        batch_dim is None and batch_size > 1 and shape[:1] != (batch_size,) and shape and shape[0] % batch_size == 0
-    )
-    for dim in (0, 1) if batch_dim is None else (batch_dim,):
-        if -len(shape) <= dim < len(shape) and shape[dim] == batch_size and not several:
-            return dim
-    return None

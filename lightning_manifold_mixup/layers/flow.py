@@ -11,7 +11,7 @@ is what tells a layer's output from another reference to the same memory, and a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_manifold_mixup._step.batch import tensors
 
 SOURCE = 0
 """The node that stands for the whole input of the network."""
@@ -41,18 +43,23 @@ class Flow(TorchFunctionMode):
         predecessors: For each node the nodes it was computed from. Nodes are numbered in the order of computation, so
             this is a topological order.
         weighted: For each node, whether its operation also read a parameter of two or more dimensions.
+        exchanged: For each node, whether its operation moved rows to each other by indices of the batch, such as the
+            edges of a graph.
         meetings: Nodes at which content that carries a gradient met something derived from the targets, with that
             content.
         silent_meetings: The same for content that carries no gradient (metrics, soft labels, the inside of a custom
             function).
+        losses: Those of both whose result is a single number.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.predecessors: list[tuple[int, ...]] = [()]
         self.weighted: list[bool] = [False]
+        self.exchanged: list[bool] = [False]
         self.meetings: dict[int, tuple[int, ...]] = {}
         self.silent_meetings: dict[int, tuple[int, ...]] = {}
+        self.losses: set[int] = set()
         # Content, by the identity of the tensor, with the version its memory had when the node was made.
         self._nodes: Any = WeakIdKeyDictionary()
         # The same by grad_fn, to find what went into kernels that are no torch functions (CUDA extensions, Triton).
@@ -124,9 +131,9 @@ class Flow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        # Tensor subclasses (labels in superposition) would take our own questions for the user's operations.
+        # What is asked of a tensor here must not reach `__torch_function__` of its subclass (labels in superposition).
         with torch._C.DisableTorchFunctionSubclass():
-            reads = [_read(tensor) for tensor in tensors(_value_arguments(name, args, kwargs))]
+            reads = [_read(tensor) for tensor in tensors(value_arguments(name, args, kwargs))]
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             fresh = [t for t in tensors(out) if not any(t is read.tensor for read in reads)]
@@ -136,10 +143,10 @@ class Flow(TorchFunctionMode):
                 if _version(read.tensor) != read.version and self._key(read.tensor) not in self._state
             ]
             if fresh or written:
-                self._record(reads, [*fresh, *written])
+                self._record(reads, [*fresh, *written], self._exchanges_rows(name, args, kwargs))
         return out
 
-    def _record(self, reads: list[_Read], results: list[Tensor]) -> None:
+    def _record(self, reads: list[_Read], results: list[Tensor], exchanged: bool) -> None:
         content: dict[int, None] = {}
         carrying: dict[int, None] = {}
         origins: dict[int, None] = {}
@@ -165,6 +172,7 @@ class Flow(TorchFunctionMode):
             if _is_content(tensor) and (content or looked_up):
                 if node is None:
                     node = self._new(content or origins, weighted=weight >= 2)
+                    self.exchanged[node] = exchanged
                 self._enter(tensor, node)
             elif content or origins:
                 self._steering[key] = tuple(content | origins)
@@ -176,10 +184,33 @@ class Flow(TorchFunctionMode):
                 self._targets.add(key)
         if targeted and node is not None and content:
             (self.meetings if carrying else self.silent_meetings)[node] = tuple(carrying or content)
+            if all(tensor.ndim == 0 for tensor in results):
+                self.losses.add(node)
+
+    def _exchanges_rows(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether rows are gathered or summed by whole numbers of the batch that do not merely reorder them."""
+        first = args[0] if args else None
+        if not isinstance(first, Tensor) or not first.ndim:
+            return False
+        if name == "__getitem__":
+            dim: Any = 0
+            index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        elif name.startswith(("index_", "scatter", "gather")):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            index = args[2] if len(args) > 2 else kwargs.get("index")
+        else:
+            return False
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or not isinstance(dim, int):
+            return False
+        if dim % first.ndim or set(self._steering.get(self._key(index), (None,))) != {SOURCE}:
+            return False
+        reorders = index.ndim == 1 and len(index) == len(first) == len(torch.unique(index))
+        return not reorders
 
     def _new(self, predecessors: Iterable[int], weighted: bool) -> int:
         self.predecessors.append(tuple(dict.fromkeys(predecessors)))
         self.weighted.append(weighted)
+        self.exchanged.append(False)
         return len(self.predecessors) - 1
 
     def _enter(self, tensor: Tensor, node: int) -> None:
@@ -193,7 +224,7 @@ class Flow(TorchFunctionMode):
         key = self._key(tensor)
         node, seen_version = self._nodes.get(tensor, (None, version))
         unknown_grad = grad_fn is not None and grad_fn not in self._behind_grad
-        # A tensor made from the targets that has come by a gradient since: what a custom autograd function returned.
+        # Made from the targets, and now with a gradient: a custom autograd function has returned it.
         is_loss = key in self._targets and unknown_grad
         if node is not None and version == seen_version and not is_loss:
             return int(node)
@@ -209,6 +240,7 @@ class Flow(TorchFunctionMode):
         node = self._new(predecessors, weighted)
         if is_loss:
             self.meetings[node] = behind
+            self.losses.update([node] if tensor.ndim == 0 else [])
             self._targets.discard(key)
         self._nodes[tensor] = node, version
         if grad_fn is not None:
@@ -253,19 +285,7 @@ class Flow(TorchFunctionMode):
         return key
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for branch in tree:
-            yield from tensors(branch)
-    elif isinstance(tree, Mapping):
-        for branch in tree.values():
-            yield from tensors(branch)
-
-
-def _value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Leave out the tensors that an operation asks for their shape or type only."""
     if name.endswith("_like") or name.startswith("new_"):
         return ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -99,6 +99,45 @@ def resolve_layers(root: nn.Module, patterns: Sequence[str]) -> list[str]:
         else:
             raise ValueError(unknown_layer(pattern, root))
     return list(found)
+
+
+def weighted_layers(root: nn.Module, layers: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Expand what a user writes for S into layer names with their weights.
+
+    Args:
+        root: The module the names are relative to.
+        layers: A name or glob, several of them, or a mapping from them to weights > 0.
+
+    Returns:
+        The weight of each layer; 1 unless it was given.
+
+    Raises:
+        ValueError: If a name is unknown or is there twice, or a weight is not a positive number.
+
+    Example:
+        >>> net = nn.ModuleDict({"layer1": nn.ReLU(), "layer2": nn.ReLU()})
+        >>> weighted_layers(net, {"input": 1, "layer*": 2})
+        {'input': 1.0, 'layer1': 2.0, 'layer2': 2.0}
+    """
+    if not isinstance(layers, Mapping):
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        repeated = sorted({pattern for pattern in patterns if patterns.count(pattern) > 1})
+        if repeated:
+            weights = ", ".join(f"{pattern}: {patterns.count(pattern)}" for pattern in dict.fromkeys(patterns))
+            raise ValueError(
+                f"Expected each layer once, got {repeated} several times. To draw a layer more often, give weights: "
+                f"layers={{{weights}}}."
+            )
+        return dict.fromkeys(resolve_layers(root, patterns), 1.0)
+    found: dict[str, float] = {}
+    for pattern, weight in layers.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ValueError(f"Expected the weight of layer {pattern!r} to be a number > 0, got {weight!r}.")
+        for name in resolve_layers(root, [pattern]):
+            if name in found:
+                raise ValueError(f"Expected one weight for each layer, got two for {name!r}.")
+            found[name] = float(weight)
+    return found
 
 
 def unknown_layer(name: str, root: nn.Module) -> str:

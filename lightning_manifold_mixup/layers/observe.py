@@ -6,31 +6,35 @@ anyway (the first training batch), or from one that `eligible_layers` runs for t
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_manifold_mixup.layers.cutpoints import Call, Mark, analyse
-from lightning_manifold_mixup.layers.flow import Flow, is_transformed, tensors
+from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.batch import tensors
+from lightning_manifold_mixup._step.ghost import NoGhostError, ghost_of, isolated
+from lightning_manifold_mixup._step.hooks import is_training_forward
+from lightning_manifold_mixup._step.keys import Keys
+from lightning_manifold_mixup.layers.cutpoints import Call, Mark, Rows, analyse
+from lightning_manifold_mixup.layers.flow import Flow, is_transformed
 from lightning_manifold_mixup.layers.names import INPUT, named_layers
 from lightning_manifold_mixup.layers.report import LayerReport, make_report
-from lightning_manifold_mixup.mixing import is_training_forward
 
 
 class Observation:
     """What one forward pass showed. Made by `observe`; ask it for a `report` once the pass is over."""
 
-    def __init__(self, root: nn.Module, flow: Flow, batch_size: int, batch_dim: int | None) -> None:
+    def __init__(self, root: nn.Module, flow: Flow, batch_sizes: Sequence[int], batch_dim: int | None) -> None:
         self._root = root
         self._flow = flow
-        self._batch_size = batch_size
+        self._batch_sizes = batch_sizes
         self._batch_dim = batch_dim
+        self._other_rows: frozenset[int] = frozenset()
         self._calls: dict[str, list[Call]] = {}
         self._order = 0
 
@@ -48,10 +52,9 @@ class Observation:
         if outputs is not None:
             with torch._C.DisableTorchFunction():  # they may be of a tensor subclass
                 ends = [node for tensor in tensors(outputs) if (node := self._flow.node(tensor)) is not None]
-        size, dim = self._batch_size, self._batch_dim
-        layers, sinks_found = analyse(self._root, self._calls, self._flow, ends, batch_size=size, batch_dim=dim)
-        model = type(self._root).__name__
-        return make_report(layers, model=model, batch_size=size, batch_dim=dim, sinks_found=sinks_found)
+        rows = Rows(tuple(self._batch_sizes), self._batch_dim, self._other_rows)
+        layers, sinks_found = analyse(self._root, self._calls, self._flow, ends, rows)
+        return make_report(layers, type(self._root).__name__, rows, sinks_found)
 
     def _enter_input(self, inputs: Any) -> None:
         marks, shapes = [], []
@@ -60,7 +63,12 @@ class Observation:
             if node is not None and tensor.is_floating_point():  # complex numbers are content, and are not mixed
                 marks.append(Mark(node, tuple(tensor.shape)))
                 shapes.append(tuple(tensor.shape))
-        self._calls[INPUT] = [Call(-1, tuple(marks), tuple(shapes), carries_gradient=True)]
+        self._calls[INPUT] = [Call(-1, tuple(marks), tuple(shapes), (True,) * len(shapes), carries_gradient=True)]
+        self._other_rows = frozenset(
+            tensor.shape[0]
+            for tensor in tensors(inputs)
+            if tensor.ndim and not any(n in tensor.shape[:2] for n in self._batch_sizes)
+        )
 
     def _around(self, names: list[str]) -> tuple[Any, Any]:
         """Return the hooks for before and after a module that bears `names`."""
@@ -75,10 +83,11 @@ class Observation:
                 return None  # a checkpoint recomputing in backward: no new forward pass
             with torch._C.DisableTorchFunction():
                 leaves, structure = tree_flatten(output)
-                marks, shapes, transformed = [], [], False
+                marks, shapes, from_input, transformed = [], [], [], False
                 for index, leaf in enumerate(leaves):
                     if isinstance(leaf, Tensor) and leaf.is_floating_point():
                         shapes.append(tuple(leaf.shape))
+                        from_input.append(self._flow.node(leaf) is not None)
                         transformed = transformed or is_transformed(leaf)
                         marked = self._flow.mark(leaf)
                         if marked is not None:
@@ -86,7 +95,8 @@ class Observation:
                             marks.append(Mark(node, tuple(leaf.shape)))
                 # A network that is in eval mode as a whole is only looked at, and will be trained later.
                 training = module.training or not self._root.training
-                call = Call(self._order, tuple(marks), tuple(shapes), is_training_forward(), training, transformed)
+                found = tuple(marks), tuple(shapes), tuple(from_input)
+                call = Call(self._order, *found, is_training_forward(), training, transformed)
             self._order += 1
             for name in names:
                 self._calls.setdefault(name, []).append(call)
@@ -97,7 +107,11 @@ class Observation:
 
 @contextmanager
 def observe(
-    root: nn.Module, inputs: Any, targets: Any = None, batch_size: int | None = None, batch_dim: int | None = None
+    root: nn.Module,
+    inputs: Any,
+    targets: Any = None,
+    batch_size: int | Sequence[int] | None = None,
+    batch_dim: int | None = None,
 ) -> Iterator[Observation]:
     """Observe the forward pass that runs inside the `with` block.
 
@@ -110,8 +124,10 @@ def observe(
         inputs: The tensors of the batch that enter the network (nested in any way): float tensors, token ids.
         targets: The tensors of the batch that the loss compares with, as the code inside will hold them. They may share
             memory with inputs (an autoencoder).
-        batch_size: The number of samples. By default the first size of the first input.
-        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1.
+        batch_size: The number of samples; of several groups of samples, on which the network is called in turn, one
+            for each. By default the first size of the first input.
+        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1
+            for tensors of three dimensions or more.
 
     Yields:
         The observation, to be asked for its `report()`.
@@ -129,7 +145,8 @@ def observe(
     if batch_size is None:
         dim = batch_dim or 0
         batch_size = next((tensor.shape[dim] for tensor in tensors(inputs) if tensor.ndim > dim), 0)
-    observation = Observation(root, flow, batch_size, batch_dim)
+    sizes = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+    observation = Observation(root, flow, sizes, batch_dim)
     observation._enter_input(inputs)
     for target in tensors(targets):
         flow.add_target(target)
@@ -152,18 +169,25 @@ def eligible_layers(
 ) -> LayerReport:
     """Find the layers of a network at which its whole state can be mixed.
 
-    Runs one forward pass in the mode the model is in, and takes back what it changed: buffers (statistics of batch
-    normalisation), and the states of the random generators.
+    Runs one forward pass in the mode the model is in, on a copy that shares its parameters: buffers (statistics of
+    batch normalisation), counters and the states of the random generators are as before afterwards.
 
     Args:
-        model: The network.
-        *inputs: What to call it with: an example batch of at least two samples.
-        batch_size: The number of samples. By default the first size of the first input.
-        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1.
+        model: The network. A LightningModule without `forward` runs its `training_step` instead; it logs nowhere, and
+            no optimizer steps.
+        *inputs: What to call it with: an example batch of at least two samples. A mapping (the batch of a tokenizer) is
+            handed to a network that takes its entries by name. For a `training_step`, a whole batch.
+        batch_size: The number of samples. By default the first size of the first input; of a batch for a
+            `training_step`, the number of its targets.
+        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1
+            for tensors of three dimensions or more.
         **kwargs: Further arguments for the call.
 
     Returns:
         A report with a row for every layer, the eligible ones and the default choice.
+
+    Raises:
+        ValueError: If a `training_step` has to run, and the target of the batch is not clear.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -175,24 +199,59 @@ def eligible_layers(
         >>> print(report.refusal("4"))
         '4' gives the final output: no weights follow it. Valid before it: '3'.
     """
-    with _restored(model), torch.enable_grad():
-        with observe(model, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
-            outputs = model(*inputs, **kwargs)
+    with _copied(model) as copied, torch.enable_grad():
+        if not has_forward(model):
+            return _of_training_step(copied, inputs[0], batch_size, batch_dim)
+        if batch_size is None and len(inputs) == 1:
+            batch_size = getattr(inputs[0], "num_graphs", None)  # of torch_geometric, whose rows are nodes
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            named = _arguments(model, inputs[0])
+            inputs, kwargs = ((), {**named, **kwargs}) if named else (inputs, kwargs)
+        with observe(copied, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
+            outputs = copied(*inputs, **kwargs)
         return seen.report(outputs)
 
 
+def has_forward(model: nn.Module) -> bool:
+    """Whether a module has a forward pass of its own; a LightningModule may do without."""
+    return type(model).forward.__qualname__ != "LightningModule.forward"  # in either package that Lightning comes in
+
+
+def _of_training_step(model: Any, batch: Any, batch_size: int | None, batch_dim: int | None) -> LayerReport:
+    places = Keys().locate(batch, batch_dim)
+    inputs, targets = list(batches.without(batch, places.targets)), places.targets_of(batch)
+    arguments = (batch, 0) if "batch_idx" in inspect.signature(model.training_step).parameters else (batch,)
+    n = places.samples(batch) if batch_size is None else batch_size
+    with observe(model, inputs, targets, batch_size=n, batch_dim=batch_dim) as seen:
+        output = model.training_step(*arguments)
+    report = seen.report()
+    return report if report.sinks_found else seen.report(output)
+
+
+def _arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the entries of a batch that a network takes by name; none if it takes the batch as it is."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and not named:
+        return dict(batch)
+    return {name: batch[name] for name in named if name in batch}
+
+
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Undo changes to buffers and to the global random generators."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+def _copied(model: nn.Module) -> Iterator[nn.Module]:
+    """Give a copy that shares the parameters; the model itself, with its buffers restored, if it cannot be copied."""
+    with isolated(model):
+        try:
+            copied = ghost_of(model)
+        except NoGhostError:
+            copied = None
+        if copied is not None:
+            yield copied
+            return
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

@@ -44,14 +44,15 @@ def find_sinks(flow: Flow) -> list[int]:
     """Find where the network ends: the content that met a target.
 
     A target may also be an input (an autoencoder's image, a decoder's previous word) and meet content inside the
-    network. So the meetings count after which no weight is used; only if there is none do they all. Losses that come
-    together (a sum of two, one times a weight) are no ends: they come from one already.
+    network. So only the meetings count after which no weight is used, and those that give a single number (weights
+    follow it in the penalty of a gradient). Losses that come together (a sum of two, one times a weight) are no ends:
+    they come from one already.
 
     Args:
         flow: The record.
 
     Returns:
-        Nodes; none if no target was used.
+        Nodes; none if no target was compared with what the network makes.
     """
     learned = [False] * len(flow.predecessors)
     for node, before in enumerate(flow.predecessors):
@@ -61,7 +62,7 @@ def find_sinks(flow: Flow) -> list[int]:
         for node, content in (flow.meetings or flow.silent_meetings).items()
     }
     after = weights_after(flow.predecessors, flow.weighted)
-    meetings = {node: content for node, content in meetings.items() if not after[node]} or meetings
+    meetings = {node: content for node, content in meetings.items() if not after[node] or node in flow.losses}
     is_loss = [False] * len(flow.predecessors)
     for node, before in enumerate(flow.predecessors):
         is_loss[node] = node in meetings or any(is_loss[other] for other in before)

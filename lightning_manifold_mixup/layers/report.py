@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.layers.choice import default_layers
-from lightning_manifold_mixup.layers.cutpoints import Layer, Verdict
+from lightning_manifold_mixup.layers.cutpoints import Layer, Rows, Verdict
 from lightning_manifold_mixup.layers.names import INPUT, unknown_name
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class LayerReport:
         rows: One row per layer, the input first, then in the order of `named_modules`.
         default: The default S, from the input on.
         model: The name of the observed module's class.
-        batch_size: The number of samples observed.
+        batch_size: The number of samples observed; of several groups, that of the first.
         batch_dim: The dimension that was said to run over samples, None if it was told by its size.
         sinks_found: Whether the end of the network was found; False if no loss used the targets.
     """
@@ -111,17 +111,6 @@ class LayerReport:
             return str(error)
         return None if row.eligible else f"{_cause(row, self)}.{_neighbours(row, self)}"
 
-    def advice(self, name: str) -> str | None:
-        """Say what to set if the batch dimension of an eligible layer is a guess; None if it is not."""
-        row = self.row(name)
-        if not (row.eligible and row.ambiguous):
-            return None
-        return (
-            f"The output of {name!r} has shape {_shapes(row)}: dimensions 0 and 1 both have the size of the batch,"
-            f" {self.batch_size}. Dimension {row.batch_dim} is taken to run over samples; set batch_dim=0 or"
-            " batch_dim=1 to say which one does."
-        )
-
     def as_table(self) -> Table:
         """Return the rows as a table of the package rich.
 
@@ -145,16 +134,13 @@ class LayerReport:
         )
 
 
-def make_report(
-    layers: Sequence[Layer], model: str, batch_size: int, batch_dim: int | None, sinks_found: bool
-) -> LayerReport:
+def make_report(layers: Sequence[Layer], model: str, observed: Rows, sinks_found: bool) -> LayerReport:
     """Put the findings in the form that users see.
 
     Args:
         layers: All layers, judged, the input first.
         model: The name of the observed module's class.
-        batch_size: The number of samples observed.
-        batch_dim: The dimension that was said to run over samples.
+        observed: What counts samples.
         sinks_found: Whether the end of the network was found.
 
     Returns:
@@ -162,7 +148,7 @@ def make_report(
     """
     default = default_layers(layers)
     rows = tuple(_row(layer, selected=layer.name in default) for layer in layers)
-    return LayerReport(rows, default, model, batch_size, batch_dim, sinks_found)
+    return LayerReport(rows, default, model, observed.sizes[0], observed.batch_dim, sinks_found)
 
 
 def _row(layer: Layer, selected: bool) -> LayerRow:
@@ -211,7 +197,10 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
         case Verdict.TRANSFORMED:
             return f"{name} runs inside torch.func or torch.vmap, where its output cannot be replaced"
         case Verdict.UNUSED:
-            return f"{name} is called, but the loss does not depend on what it returns"
+            return (
+                f"{name} is called, but what it returns leads to no loss of the targets (it is not used, or only by a"
+                " loss that reads other parts of the batch; list those as targets that are labels)"
+            )
         case Verdict.NO_DATA:
             return f"{name} returns what does not depend on the input, so there is nothing to mix"
         case Verdict.NO_TENSOR if row.name == INPUT:
@@ -233,13 +222,34 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
                 f" the {report.batch_size} samples, or dimension 0 several views of them; set batch_dim to say"
                 " which one does"
             )
+        case Verdict.OTHER_ROWS:
+            return (
+                f"{name} has rows that are not samples: its output has shape {_shapes(row)}, and the targets have"
+                f" {report.batch_size} rows. Mix where there is one row for each sample (after pooling, say); if"
+                " dimension 1 counts the samples, set batch_dim=1"
+            )
+        case Verdict.CALLED_ON_OTHERS:
+            return (
+                f"{name} is also called on other rows than those of the targets (unlabelled data, say), which have no"
+                f" labels to mix; the targets have {report.batch_size} rows"
+            )
+        case Verdict.NOT_OF_INPUT:
+            return (
+                f"{name} returns, beside its state, a tensor that does not come from the input (a codebook, say), which"
+                f" must not be mixed: its output has shapes {_shapes(row)}. Mix at a layer that returns the state alone"
+            )
+        case Verdict.ROWS_EXCHANGED:
+            return (
+                f"{name} is followed by an operation that moves rows to each other by indices of the batch (the edges"
+                " of a graph, say), so each row would meet rows of others in place of its own neighbours"
+            )
         case _:
             dims = "and none of its first two dimensions has"
             if report.batch_dim is not None:
                 dims = f"whose dimension batch_dim={report.batch_dim} has not"
             return (
-                f"{name} has no batch dimension: its output has shape {_shapes(row)}, {dims} the size of the batch,"
-                f" {report.batch_size}"
+                f"{name} has no batch dimension: its output has shape {_shapes(row)}, {dims} the number of samples,"
+                f" {report.batch_size} (the rows of the targets)"
             )
 
 

@@ -27,7 +27,8 @@ def quiet_lightning(level: int = logging.INFO, *ignored: str) -> Iterator[None]:
     Its advertisements and its deprecated calls of torch are always dropped; no setting of Lightning does that.
 
     Args:
-        level: the least severe messages of Lightning that are shown, as in `logging`.
+        level: the least severe messages of Lightning that are shown, as in `logging`. If a stricter level is set
+            already, it stays.
         ignored: patterns of warnings that are dropped as well.
 
     Example:
@@ -38,8 +39,8 @@ def quiet_lightning(level: int = logging.INFO, *ignored: str) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     advertiser = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertiser.addFilter(_no_advertisement)
-    for logger in loggers:
-        logger.setLevel(level)
+    for logger, before in zip(loggers, levels, strict=True):
+        logger.setLevel(max(level, before))
     try:
         with warnings.catch_warnings():
             for pattern in (*_ITS_OWN, *ignored):

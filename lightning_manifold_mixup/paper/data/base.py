@@ -1,4 +1,4 @@
-"""What the data modules share: the split by seed, the loaders, and the numbers that models and attacks ask for."""
+"""What the data modules share: splits by seed, loaders, and the numbers that models and attacks need."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,14 +26,14 @@ Split = Literal["train", "val", "test"]
 class ClassificationDataModule(L.LightningDataModule, ABC):
     """Loaders of (input, label) batches over three labelled sets, loaded when first asked for.
 
-    Training is shuffled, evaluation is not, no incomplete last batch is dropped. Lightning adds its distributed sampler
-    under DDP. Subclasses give the sets (`make_dataset`) and `class_names`.
+    Training is shuffled, evaluation is not. An incomplete last batch is kept. Under DDP, Lightning adds its distributed
+    sampler. Subclasses give the sets (`make_dataset`) and `class_names`.
 
     Args:
         batch_size: samples of a training batch (on each device).
         eval_batch_size: of a validation, test or prediction batch.
-        num_workers: worker processes of each loader, kept alive between epochs. 0 is the right number for data in
-            memory on two cores; files that are decoded on request want more.
+        num_workers: worker processes of each loader, kept alive between epochs. For data in memory on two
+            cores, 0 is the fastest; files that are decoded on request need more.
         pin_memory: page-locked batches, for faster copies to a GPU; without a GPU it has no effect.
         seed: of the splits and subsets. The order of batches follows `seed_everything` instead.
     """
@@ -91,7 +91,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         if stage == "fit":
             self._dataset("train")
         if stage in ("fit", "validate") and self.val_set is None:
-            # Lightning takes an empty list for a mistake and warns; a hook that is not overridden it does not call.
+            # Lightning warns about an empty list. It does not call a hook that is not overridden: hence the base's own.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         if stage in ("test", "predict"):
             self._dataset("test")
@@ -115,7 +115,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
     def loader(
         self, dataset: Dataset[tuple[Tensor, Tensor]], batch_size: int, shuffle: bool = False, sampler: Any = None
     ) -> DataLoader[tuple[Tensor, Tensor]]:
-        """A loader with this module's workers; batches are lists or tuples of (inputs, labels)."""
+        """Make a loader with this module's workers; batches are lists or tuples of (inputs, labels)."""
         return DataLoader(
             dataset,
             batch_size=batch_size,
@@ -128,7 +128,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         )
 
     def generator(self) -> torch.Generator:
-        """A new generator of the split's seed: each kind of draw starts from the same state."""
+        """Make a generator from `seed`. Each kind of draw uses a new one, so that one does not change another."""
         return torch.Generator().manual_seed(self.seed)
 
     def _dataset(self, split: Split) -> LabelledDataset | None:
@@ -145,7 +145,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What distinguishes one image data set from another.
+    """Properties of an image data set.
 
     Args:
         class_names: name of each class, by label.
@@ -176,13 +176,13 @@ class ImageDataModule(ClassificationDataModule):
         val_size: validation samples taken out of the training split, class-balanced, by `seed`: a number, or a share
             below 1; 0 for none. `"test"` validates on the test set: the papers' "best" error is the lowest of these.
         labels_per_class: train on that many samples of each class only, drawn by `seed` from what validation leaves;
-            None for all. A smaller number is a subset of a larger one.
+            None for all. A smaller number gives a subset of a larger one.
         padding: of the random crop; None for the data set's own (the papers' code), 0 for none.
         flip: whether training images are mirrored at random; None for the data set's own.
         train_transform: in place of crop and flip, a transform of one uint8 image (channels, height, width), such as
             those of `torchvision.transforms.v2`. Slower: it runs image by image.
-        num_workers: worker processes of each loader, kept alive between epochs. 0 is right for images in memory on two
-            cores; files that are decoded on request want more.
+        num_workers: worker processes of each loader, kept alive between epochs. For images in memory on two
+            cores, 0 is the fastest; files that are decoded on request need more.
         pin_memory: page-locked batches, for faster copies to a GPU; without a GPU it has no effect.
         seed: of the splits and subsets. The order of batches and the augmentation follow `seed_everything` instead.
 
@@ -224,7 +224,7 @@ class ImageDataModule(ClassificationDataModule):
     @property
     @abstractmethod
     def spec(self) -> ImageSpec:
-        """Classes, size, normalisation, and the augmentation that is usual."""
+        """Classes, size, normalisation and usual augmentation."""
 
     @abstractmethod
     def load(self, split: Split) -> tuple[Tensor | ImageFiles, Tensor] | None:
@@ -292,7 +292,7 @@ class ImageDataModule(ClassificationDataModule):
         )
 
     def decode(self, images: Tensor | ImageFiles, split: str) -> Tensor | ImageFiles:
-        """Called with what is left of a split after subsetting: the place to decode what is decoded only once."""
+        """Override this to decode the chosen images of a split once, in advance."""
         return images
 
     def _evaluated(self, loaded: tuple[Tensor | ImageFiles, Tensor] | None, split: str) -> LabelledDataset | None:

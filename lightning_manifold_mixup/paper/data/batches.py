@@ -1,7 +1,7 @@
 """Data sets that hand out whole batches: uint8 images, in memory or on disk, augmented and normalised at once.
 
-A `DataLoader` asks a data set that has `__getitems__` for all samples of a batch in one call. That turns a hundred
-times crop, flip, convert and normalise, and the collation, into one call of each: about ten times as fast.
+A `DataLoader` asks a data set that has `__getitems__` for all samples of a batch in one call. Cropping, flipping,
+converting and normalising the whole batch at once is about ten times as fast as image by image.
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,9 @@ __all__ = [
 
 
 def random_crop(images: Tensor, padding: int, offsets: Tensor | None = None) -> Tensor:
-    """Pad with zeros (black) and crop back to the same size, each image at a place of its own.
+    """Pad with zeros (black) and crop back to the same size, each image at its own random place.
 
-    In distribution this is `torchvision.transforms.v2.RandomCrop(size, padding=padding)` of one image at a time.
+    The distribution is that of `torchvision.transforms.v2.RandomCrop(size, padding=padding)` for each image.
 
     Args:
         images: (n, channels, height, width), any dtype.
@@ -61,7 +61,7 @@ def random_crop(images: Tensor, padding: int, offsets: Tensor | None = None) -> 
 def random_flip(images: Tensor, flipped: Tensor | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2.
 
-    In distribution this is `torchvision.transforms.v2.RandomHorizontalFlip()` of one image at a time.
+    The distribution is that of `torchvision.transforms.v2.RandomHorizontalFlip()` for each image.
 
     Args:
         images: (n, channels, height, width), any dtype.
@@ -81,7 +81,7 @@ def random_flip(images: Tensor, flipped: Tensor | None = None) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_value: float = 255.0) -> Tensor:
-    """Integer pixels to (pixel / max_value - mean) / std, float32, in one multiplication and one addition.
+    """Map integer pixels to (pixel / max_value - mean) / std in float32, by one multiplication and one addition.
 
     Args:
         images: (n, channels, height, width), integers from 0 to `max_value`.
@@ -113,7 +113,7 @@ def collate(batch: Any) -> Any:
 class LabelledDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Samples (input, int64 label), by the sample or by the batch; `labels` has all labels at once, (n,) int64.
 
-    Subclasses give `__getitems__`, the batch of several indices: inputs stacked, and labels.
+    Subclasses define `__getitems__`, which returns a batch for several indices: stacked inputs, and labels.
     """
 
     labels: Tensor
@@ -160,7 +160,7 @@ class ImageFiles:
         resize: an image of another size is resized (shorter side, antialiased) and cropped in the centre; without
             `resize` it is an error.
 
-    `index_select` and `decode` are to files what `Tensor.index_select` and the tensor itself are to images in memory.
+    `index_select` chooses files as `Tensor.index_select` chooses images in memory; `decode` reads them.
 
     Example:
         >>> import tempfile
@@ -181,12 +181,12 @@ class ImageFiles:
         return len(self.paths)
 
     def index_select(self, dim: int, indices: Tensor) -> "ImageFiles":
-        """Some of the files; `dim` is 0."""
+        """Choose some of the files; `dim` is 0."""
         assert dim == 0
         return ImageFiles([self.paths[index] for index in indices.tolist()], self.size, self.resize)
 
     def decode(self) -> Tensor:
-        """All images, (n, 3, size, size) uint8; many are decoded by several threads.
+        """Decode all images to (n, 3, size, size) uint8; several threads share many images.
 
         Raises:
             ValueError: if an image has another size and `resize` is off; the message names the file.

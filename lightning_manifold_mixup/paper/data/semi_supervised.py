@@ -20,19 +20,18 @@ __all__ = ["RepeatingSampler", "SemiSupervisedDataModule"]
 class SemiSupervisedDataModule(L.LightningDataModule):
     """Training batches `{"labelled": (x, y), "unlabelled": (x, y)}` of a few labelled samples and of all samples.
 
-    An epoch is one pass over the unlabelled samples: the whole training split less validation, labelled samples
-    included. Each step also has a full batch of labelled samples, which are gone through again and again, each time in
-    a new order. The labels of the unlabelled batch are there to measure with, not to train on. Validation, test and
-    prediction are those of `datamodule`. Under DDP each process has its own share of both.
+    An epoch is one pass over the unlabelled samples: the training split without validation, labelled samples included.
+    Each step also has a full batch of labelled samples, which are repeated, each time in a new order. The labels of the
+    unlabelled batch serve for measuring, not for training. Validation, test and prediction are those of `datamodule`.
+    Under DDP each process has its own share of both.
 
-    The labelled samples are drawn by the seed of `datamodule`, as its own `labels_per_class` would draw them: the
-    supervised run of a comparison has the same ones. Their indices are in each checkpoint, and resuming with others is
-    an error.
+    The labelled samples are drawn by the seed of `datamodule`, as its own `labels_per_class` would draw them, so that a
+    supervised run has the same ones. Their indices are saved in each checkpoint; resuming with others is an error.
 
     Args:
         datamodule: any of the project's data modules, without `labels_per_class`. Its `batch_size` is not used.
         labels_per_class: labelled samples of each class.
-        labelled_batch_size: labelled samples of a step (on each device); may exceed the number that there are.
+        labelled_batch_size: labelled samples of a step (on each device); may exceed their total number.
         unlabelled_batch_size: unlabelled samples of a step (on each device).
 
     Raises:
@@ -77,7 +76,7 @@ class SemiSupervisedDataModule(L.LightningDataModule):
         self._restored: list[int] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """What a model or an attack asks for (`num_classes`, `mean`, ...) is asked of the wrapped data module."""
+        """Look up in the wrapped data module what models and attacks need (`num_classes`, `mean`, ...)."""
         if name in _FORWARDED and "datamodule" in self.__dict__:
             return getattr(self.datamodule, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -146,7 +145,7 @@ class SemiSupervisedDataModule(L.LightningDataModule):
 
 
 class RepeatingSampler(DistributedSampler[Any]):
-    """Goes through a data set again and again, each pass in a new order, until `num_samples` are drawn; DDP-sharded.
+    """Repeats a data set, each pass in a new order, until `num_samples` are drawn; under DDP a share of them.
 
     Lightning's own distributed sampler would repeat one order within an epoch when its loader is cycled.
 

@@ -58,8 +58,8 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
         seeds: how many trainings per method.
 
     Returns:
-        A row for each method: test error (%), NLL, and "confidence", the mean largest probability over the smallest
-        square around the training set's hidden states and a quarter more.
+        A row for each method: test error (%), NLL, and "confidence", the mean of the largest probability over
+        the smallest square around the training set's hidden states, enlarged by a quarter.
     """
     task = problem()
     networks = train_all(task, METHODS, epochs, seeds)
@@ -103,7 +103,7 @@ def draw(task: Problem, networks: dict[str, BottleneckMLP]) -> Figure:
     labels = task.train_set[1]
     colors = require("matplotlib.colors", "cli")
     greys = colors.LinearSegmentedColormap.from_list("light greys", ["1", "0.7"])
-    colours = [f"C{digit}" if digit != 7 else "black" for digit in range(10)]  # C7 is a grey like the map's
+    colours = [f"C{digit}" if digit != 7 else "black" for digit in range(10)]  # C7 is grey, and so is the map
     for ax, (method, network) in zip(panels, networks.items(), strict=True):
         states, centre, radius, confidence = _maps(network, task)
         image = plot_grid(ax, confidence, centre, radius, cmap=greys, vmin=0.1, vmax=1, interpolation="bilinear")

@@ -33,14 +33,14 @@ EPOCHS = 60
 
 METHODS = {
     "none": Method(),
-    "weight decay": Method(weight_decay=1e-4),  # the paper's; 1e-3 beside Adam leaves nothing but a constant network
+    "weight decay": Method(weight_decay=1e-4),  # the paper's; with Adam, 1e-3 gives a constant network
     "dropout": Method(network={"dropout": 0.5}),
     "input": Method(alpha=2.0, layer="input"),
     "manifold": Method(alpha=2.0),
 }
 
 LAYERS = {"bottleneck": "mixed layer (12)", "layer4": "one layer after (256)", "layer1": "first hidden layer (256)"}
-"""Where the hidden states are looked at, and what the picture calls that."""
+"""The layers whose hidden states are measured, and their names in the picture."""
 
 
 def problem() -> Problem:

@@ -1,9 +1,9 @@
 """Figure 1: what Manifold Mixup does to decision boundary, hidden states and their singular values, on 2-D spirals.
 
 Source: Verma et al. 2019, Figure 1: a fully connected network of nine layers with a 2-D bottleneck in the middle, mixed
-only there. Data, widths and the strength of the other regularisers are not stated there. Here each is the strongest
-that was tried (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5; input mixup alpha 1, 2) with a test error below
-3.5 %.
+only there. Data, widths and the strength of the other regularisers are not stated there. Here each has the largest
+of the strengths that were tried with a test error below 3.5 % (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5;
+input mixup alpha 1, 2).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ METHODS = {
     "noise": Method(network={"noise": 0.1}),
     "dropout": Method(network={"dropout": 0.1}),
     "batch norm": Method(network={"batch_norm": True}),
-    "input": Method(alpha=1.0, layer="input"),  # alpha 2 leaves 30 % of the test points on the wrong side
+    "input": Method(alpha=1.0, layer="input"),  # with alpha 2, 30 % of the test points are misclassified
     "manifold": Method(alpha=2.0),
 }
 _SETTINGS = {

@@ -1,4 +1,4 @@
-"""What the figures share: the ways to train that they compare, and short quiet training on tensors in memory."""
+"""What the figures share: the methods that they compare, and short training on tensors in memory."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ __all__ = [
 Labelled = tuple[Tensor, Tensor]
 
 TITLES = {"input": "input mixup", "manifold": "Manifold Mixup"}
-"""What pictures call a method, where that is not its name."""
+"""Names of methods in pictures, where they differ from those in tables."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a figure's `make` gives.
+    """The result of a figure's `make`.
 
     Attributes:
         rows: all numbers, for the CSV.
-        tables: the most important ones, for the terminal, under their titles.
-        details: what goes into the JSON beside the rows: settings and spectra.
+        tables: the most important numbers, for the terminal, by title.
+        details: settings and spectra, written to the JSON file.
         figure: the picture.
     """
 
@@ -90,7 +90,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is learned, and by which network.
+    """A classification problem and the network that learns it.
 
     Attributes:
         train_set: inputs (n, features) and labels (n,).
@@ -110,7 +110,7 @@ class Problem:
 def digits() -> tuple[Labelled, Labelled]:
     """The 8x8 digits as vectors of 64 pixels in [0, 1]: 1,000 to train, 797 to test.
 
-    Pixels are not standardised, so that the singular values can be compared with those of other people's loops.
+    Pixels are not standardised, so that the singular values can be compared with those of other implementations.
 
     Example:
         >>> (x, y), (x_test, _) = digits()
@@ -124,10 +124,10 @@ def digits() -> tuple[Labelled, Labelled]:
 
 
 def train(problem: Problem, method: Method, epochs: int, seed: int) -> BottleneckMLP:
-    """Trains with Adam through Lightning; the same weights for the same arguments, on processors of the same kind.
+    """Train with Adam, by Lightning. The same arguments give the same weights on processors of the same kind.
 
-    One thread does all the work: networks this small gain nothing by more, and sums over the samples of a batch would
-    be rounded differently with each number of cores.
+    Only one thread is used. More would not make such small networks faster, and the rounding of sums over a batch would
+    depend on the number of threads.
 
     Args:
         problem: data and network.
@@ -171,7 +171,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
 def train_all(
     problem: Problem, methods: Mapping[str, Method], epochs: int, seeds: int
 ) -> dict[str, list[BottleneckMLP]]:
-    """Trains with each method and the seeds 0 to `seeds` - 1, with a progress bar; networks by method, then by seed."""
+    """Train with each method and the seeds 0 to `seeds` - 1, and return the networks by method, then by seed."""
     jobs = [(name, seed) for name in methods for seed in range(seeds)]
     networks: dict[str, list[BottleneckMLP]] = {name: [] for name in methods}
     for name, seed in require("rich.progress", "cli").track(jobs, description=f"training {len(jobs)} networks"):
@@ -191,7 +191,7 @@ def _one_thread() -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, labelled: Labelled) -> dict[str, float]:
-    """Give "test_error" in percent and "test_nll" in nats.
+    """Compute "test_error" in percent and "test_nll" in nats.
 
     Example:
         >>> evaluate(nn.Identity(), (torch.tensor([[0.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 0])))
@@ -204,7 +204,7 @@ def evaluate(network: nn.Module, labelled: Labelled) -> dict[str, float]:
 
 
 def layers_after(network: BottleneckMLP, name: str = "bottleneck") -> nn.Sequential:
-    """The part of the network behind a layer: f_k, where the layer's output is g_k(x).
+    """Return the part of the network after a layer: f_k, where the layer's output is g_k(x).
 
     Example:
         >>> network = BottleneckMLP(2, 2, before=[8], bottleneck=2, after=[8])
@@ -217,10 +217,10 @@ def layers_after(network: BottleneckMLP, name: str = "bottleneck") -> nn.Sequent
 
 @torch.no_grad()
 def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Singular values of each class's hidden states, not centred: see `ClassSpectrum`.
+    """Compute the singular values of each class's hidden states, not centred: see `ClassSpectrum`.
 
-    With these data and networks they have the size of what others report; with the class means subtracted, the largest
-    would be a fifth of that.
+    With these data and networks they have the size that others report. If the class means were subtracted, the largest
+    value would be a fifth of that.
 
     Args:
         network: in evaluation mode.
@@ -228,7 +228,7 @@ def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> di
         layers: names of the network's layers.
 
     Returns:
-        For each layer what `ClassSpectrum.compute` gives.
+        For each layer the result of `ClassSpectrum.compute`.
     """
     inputs, labels = labelled
     logits, states = hidden_states(network, inputs, layers)
@@ -244,7 +244,7 @@ def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> di
 def probabilities_on_grid(
     function: Callable[[Tensor], Tensor], centre: Tensor, radius: float, size: int = 200
 ) -> Tensor:
-    """Class probabilities on a grid over a square of the plane.
+    """Compute class probabilities on a grid over a square of the plane.
 
     Args:
         function: points (n, 2) to logits (n, classes).
@@ -253,7 +253,7 @@ def probabilities_on_grid(
         size: points along a side.
 
     Returns:
-        (size, size, classes); the first index goes up the second coordinate, as `imshow(origin="lower")` has it.
+        (size, size, classes); the first index follows the second coordinate, as `imshow(origin="lower")` expects.
 
     Example:
         >>> probabilities_on_grid(lambda points: points, torch.zeros(2), radius=1.0, size=2).argmax(2)
@@ -267,7 +267,7 @@ def probabilities_on_grid(
 
 
 def square_around(states: Tensor, margin: float = 0.25) -> tuple[Tensor, float]:
-    """Centre and half the side of the smallest square around points of the plane, and some more.
+    """Return the centre and half the side of the smallest square around points of the plane, with a margin.
 
     Example:
         >>> square_around(torch.tensor([[0.0, 0.0], [4.0, 1.0]]), margin=0.5)

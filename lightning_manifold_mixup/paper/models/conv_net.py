@@ -1,4 +1,4 @@
-"""A small convolutional network without skip connections, for what two cores are to finish.
+"""A small convolutional network without skip connections, for training on two CPU cores.
 
 `"input"`, `layer1` and `layer2` are S = {0, 1, 2}.
 """
@@ -13,8 +13,8 @@ __all__ = ["ConvNet"]
 class ConvNet(nn.Module):
     """Plain convolutional network: `layer1` to `layerN`, `hidden`, `linear`.
 
-    A layer is a 3x3 convolution, batch norm, ReLU and, but for the first, 2x2 max pooling, as one module: its output is
-    the hidden state. `hidden` averages these over a 2x2 grid and is fully connected.
+    A layer is a 3x3 convolution, batch norm, ReLU and, except in the first layer, 2x2 max pooling, as one module: its
+    output is the hidden state. `hidden` averages these over a 2x2 grid and is fully connected.
 
     Args:
         num_classes: number of logits.

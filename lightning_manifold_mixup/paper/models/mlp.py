@@ -14,7 +14,7 @@ __all__ = ["MLP", "BottleneckMLP", "GaussianNoise"]
 class MLP(nn.Module):
     """Fully connected network: hidden layers `layer1` to `layerN`, then `linear`.
 
-    A hidden layer is Linear, batch norm (where asked for), activation, dropout, noise, as one module: its output is the
+    A hidden layer is Linear, batch norm (if wanted), activation, dropout, noise, as one module: its output is the
     hidden state. Inputs of more than two dimensions (images) are flattened.
 
     Args:
@@ -64,7 +64,7 @@ class MLP(nn.Module):
 
 
 class BottleneckMLP(nn.Module):
-    """Fully connected network with a narrow linear layer, `bottleneck`: the one to mix and to look at.
+    """Fully connected network with a narrow linear layer, `bottleneck`: the layer to mix at and to look at.
 
     Hidden layers are numbered through: with three before and four after they are `layer1` to `layer3`,
     `bottleneck`, `layer4` to `layer7`, `linear`. The defaults are the network on 2-D spirals of Figure 1: nine

@@ -9,9 +9,6 @@ from lightning_manifold_mixup.cli import recipes as command
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
 
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 PARN_S = ["input", "model.layer1", "model.layer2"]
 WRN_S = ["input", "model.layer1"]
 PARAMETERS = {"preactresnet18": 11.17e6, "preactresnet34": 21.28e6, "wrn28_10": 36.5e6}

@@ -242,7 +242,6 @@ class TestMLP:
         assert model.bottleneck(torch.randn(6, 16)).shape == (6, 12)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls functions that jsonargparse deprecates
 @pytest.mark.parametrize(
     ("network", "layers"),
     [
@@ -283,7 +282,7 @@ def test_a_network_by_name_from_yaml_is_trained_with_manifold_mixup(tmp_path, ne
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 6
     made.trainer.fit(made.model, DataLoader(TensorDataset(images, labels), batch_size=8))
     (callback,) = (c for c in made.trainer.callbacks if isinstance(c, ManifoldMixupCallback))
-    chosen = callback.state_dict()["layers"]
+    chosen = list(callback.state_dict()["layers"])
     assert chosen == layers
 
 

@@ -7,7 +7,6 @@ import sys
 import lightning as L
 import pytest
 import torch
-from evaluation_helpers import LIGHTNING_WARNINGS, MEAN, STD, Classifier, loader, trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -18,8 +17,8 @@ from lightning_manifold_mixup.evaluation import (
     RepresentationCallback,
 )
 from lightning_manifold_mixup.evaluation.report import scalars
+from tests.evaluation.classifier import MEAN, STD, Classifier, loader, trainer
 
-pytestmark = LIGHTNING_WARNINGS
 FAMILIES = ("attacks", "deformations", "calibration", "representations")
 
 
@@ -72,8 +71,13 @@ def test_other_batches_and_outputs(tmp_path):
     assert (tmp_path / "test_calibration.csv").exists()
     with pytest.raises(TypeError, match=r"Dicts.forward\(images\)` to give logits .*got dict: override"):
         trainer(CalibrationCallback(**keys)).test(Dicts(), loader(collate_fn=collate), verbose=False)
-    with pytest.raises(KeyError, match=r"looked for 0 in a batch and found \['image', 'label'\]: pass `input_key`"):
-        trainer(CalibrationCallback()).test(Dicts(), loader(collate_fn=collate), verbose=False)
+    trainer(OfDict(dirname=str(tmp_path / "found"))).test(Dicts(), loader(collate_fn=collate), verbose=False)
+    assert (tmp_path / "found" / "test_calibration.csv").read_text() == (tmp_path / "test_calibration.csv").read_text()
+    nested = OfDict(input_key="labelled.0", target_key="labelled.1", dirname=str(tmp_path / "nested"))
+    trainer(nested).test(Dicts(), loader(collate_fn=lambda s: {"labelled": list(collate(s).values())}), verbose=False)
+    assert (tmp_path / "nested" / "test_calibration.csv").read_text() == (tmp_path / "test_calibration.csv").read_text()
+    with pytest.raises(ValueError, match=r"`target_key='labels'` is not in the batch: .* Did you mean label"):
+        trainer(CalibrationCallback(target_key="labels")).test(Dicts(), loader(collate_fn=collate), verbose=False)
 
 
 def test_fast_dev_run_leaves_nothing_behind(tmp_path):
@@ -115,7 +119,7 @@ def test_arguments_go_through_yaml():
     attack, deformation, calibration, representation = parser.instantiate_classes(config).callbacks
     assert attack.epsilons == pytest.approx([0.01, 8 / 255])
     assert (list(attack.mean), attack.std) == ([0.4, 0.5, 0.6], 0.25)
-    assert (deformation.seed, deformation.input_key, deformation.target_key) == (3, "image", 1)
+    assert (deformation.seed, deformation.input_key, deformation.target_key) == (3, "image", None)
     assert calibration.lams == [0.5, 0.6, 0.7, 0.8, 0.9]
     assert representation.layers == ["model.3"]
 

@@ -5,8 +5,10 @@ import lightning as L
 import pytest
 import torch
 import torchattacks
-from evaluation_helpers import (
-    LIGHTNING_WARNINGS,
+from PIL import Image
+
+from lightning_manifold_mixup.evaluation import AttackCallback, adversarial_correct, fgsm, pgd
+from tests.evaluation.classifier import (
     MEAN,
     STD,
     Classifier,
@@ -16,11 +18,7 @@ from evaluation_helpers import (
     pixels_and_target,
     trainer,
 )
-from PIL import Image
 
-from lightning_manifold_mixup.evaluation import AttackCallback, adversarial_correct, fgsm, pgd
-
-pytestmark = LIGHTNING_WARNINGS
 NORMALISED = {"mean": MEAN, "std": STD}
 
 

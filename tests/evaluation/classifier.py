@@ -1,16 +1,11 @@
 """A small classifier that knows nothing of evaluations, images in [0, 1], and a Trainer that leaves nothing behind."""
 
 import lightning as L
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-LIGHTNING_WARNINGS = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning 2.6 with torch 2.14
-]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CLASSES = 5
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import trainer as make_trainer
 from sklearn.feature_extraction.text import CountVectorizer
 
 from lightning_manifold_mixup import ManifoldMixupModule, Mix, eligible_layers, mixing
 from lightning_manifold_mixup.paper.data import TextDataModule
 from lightning_manifold_mixup.paper.data.text import Vocabulary, read_labelled_text
 from lightning_manifold_mixup.paper.models import TextConvNet, TextLSTM
+from tests.helpers import trainer as make_trainer
 
 NETWORKS = [TextConvNet, TextLSTM]
 SENTENCES = ["Who was Galileo ?", "how far is it , in miles ?", "Name a city .", "who ?"]

@@ -5,15 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_helpers import (
-    CLASSES,
-    LIGHTNING_WARNINGS,
-    Classifier,
-    loader,
-    normalise,
-    pixels_and_target,
-    trainer,
-)
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -27,8 +18,14 @@ from lightning_manifold_mixup.evaluation import (
     interpolate,
     noise_like,
 )
-
-pytestmark = LIGHTNING_WARNINGS
+from tests.evaluation.classifier import (
+    CLASSES,
+    Classifier,
+    loader,
+    normalise,
+    pixels_and_target,
+    trainer,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Draws
-from helpers import trainer as make_trainer
 from sklearn.datasets import load_diabetes, make_friedman1
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup.paper.data import DiabetesDataModule, FriedmanDataModule
 from lightning_manifold_mixup.paper.models import MLP
 from lightning_manifold_mixup.paper.tasks import RegressionModule
+from tests.helpers import Draws
+from tests.helpers import trainer as make_trainer
 
 
 def test_diabetes_is_split_and_scaled_by_the_training_samples() -> None:

@@ -15,9 +15,6 @@ from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
 
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 TINY = [
     "--trainer.max_epochs=1",
     "--model.init_args.model.init_args.initial_channels=2",

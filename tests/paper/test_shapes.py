@@ -6,14 +6,14 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Draws
-from helpers import trainer as make_trainer
 
 from lightning_manifold_mixup import ManifoldMixupCallback, eligible_layers
 from lightning_manifold_mixup.paper.data import ShapesDataModule
 from lightning_manifold_mixup.paper.data.shapes import _inside, textured_shapes
 from lightning_manifold_mixup.paper.models import UNet
 from lightning_manifold_mixup.paper.tasks import SegmentationModule
+from tests.helpers import Draws
+from tests.helpers import trainer as make_trainer
 
 
 @pytest.mark.parametrize("sides", [0, 3, 4])

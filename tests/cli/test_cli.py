@@ -20,9 +20,6 @@ from lightning_manifold_mixup.cli.terminal import DEBUG, short_errors
 from lightning_manifold_mixup.cli.training import ManifoldMixupCLI, print_results
 from lightning_manifold_mixup.paper import recipes
 
-# Lightning calls functions of jsonargparse that its latest versions deprecate
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 MANIFOLD_MIXUP = [sys.executable, "-m", "lightning_manifold_mixup"]
 TINY = ["--trainer.max_epochs=1", "--model.init_args.model.init_args.initial_channels=2"]
 

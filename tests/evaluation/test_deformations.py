@@ -2,12 +2,10 @@ import csv
 
 import pytest
 import torch
-from evaluation_helpers import LIGHTNING_WARNINGS, Classifier, loader, normalise, pixels_and_target, trainer
 from torchvision.transforms.v2 import functional as tv
 
 from lightning_manifold_mixup.evaluation import DEFORMATIONS, Deformation, DeformationCallback, deform
-
-pytestmark = LIGHTNING_WARNINGS
+from tests.evaluation.classifier import Classifier, loader, normalise, pixels_and_target, trainer
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from evaluation_helpers import CLASSES, LIGHTNING_WARNINGS, Classifier, loader, normalise, pixels_and_target, trainer
 from torch import nn
 
 from lightning_manifold_mixup.evaluation import ClassSpectrum, RepresentationCallback, hidden_states, spectrum_summary
-
-pytestmark = LIGHTNING_WARNINGS
+from tests.evaluation.classifier import (
+    CLASSES,
+    Classifier,
+    loader,
+    normalise,
+    pixels_and_target,
+    trainer,
+)
 
 
 @pytest.fixture(autouse=True)

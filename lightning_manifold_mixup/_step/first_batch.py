@@ -1,0 +1,111 @@
+"""What the first batch of a fit shows: which layers are eligible, and how float targets are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.ghost import Backwards, ghost_of, isolated
+from lightning_manifold_mixup._step.step import Call, Site
+from lightning_manifold_mixup._step.targets import Superposition, labelling
+from lightning_manifold_mixup._step.usage import LabelUse
+from lightning_manifold_mixup.layers import LayerReport, observe
+from lightning_manifold_mixup.mixing import Mix
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What was seen.
+
+    Attributes:
+        output: what the training step returned.
+        report: on the layers; None if the step skipped the batch.
+        classes: keys of the float targets that the step reads as classes, with the line that shows it.
+    """
+
+    output: Any
+    report: LayerReport | None
+    classes: dict[Any, str]
+
+
+def watch(
+    module: Any,
+    call: Call,
+    site: Site,
+    mixes: tuple[Mix, ...],
+    training_step: Callable[..., Any] | None = None,
+) -> FirstBatch:
+    """Watches one plain training step: on a ghost, or ``training_step`` itself where it is given.
+
+    Args:
+        module: the LightningModule.
+        call: what its training step is called with.
+        site: where everything is in the batch.
+        mixes: a draw for each group of samples; used only if the step needs labels in superposition.
+        training_step: to be run in place of a ghost's, on a module that cannot be copied.
+
+    Raises:
+        NoGhostError: if the module cannot be copied, and no step is given.
+        MisconfigurationException: for a target that holds classes beside values.
+    """
+    places, batch = site.places, call.batch
+    with ExitStack() as stack:
+        root = module
+        if training_step is None:
+            root = ghost_of(module)
+            stack.enter_context(isolated(module))
+            training_step = root.training_step
+            if not module.automatic_optimization:
+                stack.enter_context(Backwards())
+        targets = {
+            f"{key}/{number}": (key, leaf)
+            for key in places.targets
+            for number, leaf in enumerate(batches.tensors(places.of(batch, key)))
+        }
+        use = LabelUse({name: leaf for name, (_, leaf) in targets.items()})
+        samples = sum(places.samples(batch, group) for group in range(len(places.groups)))
+
+        def observed(batch: Any, labels: list[Tensor]) -> tuple[Any, LayerReport | None]:
+            inputs = list(batches.without(batch, list(places.targets)))
+            with observe(root, inputs, labels, batch_size=samples, batch_dim=site.batch_dim) as seen, use:
+                output = call.of(training_step, batch)
+            if output is None and module.automatic_optimization:  # the step skips this batch
+                return output, None
+            report = seen.report()
+            # Where no tensor shows that a criterion took the labels, the network ends at the loss.
+            return output, report if report.sinks_found else seen.report(outputs=output)
+
+        try:
+            output, report = observed(batch, [leaf for _, leaf in targets.values()])
+        except Exception:
+            if root is module:
+                raise
+            # The step may be written for labels in superposition (`y.labels`). If not, the error is the user's own.
+            superposition = Superposition(mixes[0].lam).to(mixes[0].partners.device)
+            stack.callback(superposition.close)
+            superposed = site.mixed(batch, mixes, mixes, "superposed", superposition)
+            labels = [
+                leaf
+                for value in places.targets_of(superposed)
+                for tree in (value, labelling(value, True), labelling(value, False))
+                for leaf in batches.tensors(tree)
+            ]
+            output, report = observed(superposed, labels)
+    classes: dict[Any, str] = {}
+    for name, (key, leaf) in targets.items():
+        verdict = use.verdict(name) if leaf.is_floating_point() else "values"
+        if verdict == "both":
+            raise MisconfigurationException(
+                f"Expected the target at {key!r} to hold values, or classes, got both in one tensor: "
+                f"{use.evidence(name)}. One is mixed as a number, the other is not. Hand them to the step in two "
+                "tensors, with both keys in `target_key`."
+            )
+        if verdict == "classes":
+            classes[key] = use.evidence(name)
+    return FirstBatch(output, report, classes)

@@ -1,0 +1,267 @@
+"""A ghost: a copy of a LightningModule that shares its parameters and has its own of all else.
+
+A training step that runs on a ghost leaves the module as it was: buffers, counters, lists, metrics, memory banks. It
+logs nowhere and steps no optimizer. No weights are copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import copyreg
+import io
+import os
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from lightning_manifold_mixup._step.compiled import compiled_parts, eager
+
+
+class NoGhostError(Exception):
+    """A module cannot be copied; the message says why."""
+
+
+def ghost_of(module: nn.Module) -> Any:
+    """A copy that shares the parameters of ``module``, and nothing else.
+
+    Args:
+        module: a LightningModule, or a part of one. Tensors kept on it that are results of a computation are copied
+            without their graph; trainers, data modules, callbacks and locks are shared; files that are written to
+            are replaced by nothing.
+
+    Raises:
+        NoGhostError: if something on the module cannot be copied.
+
+    Example:
+        >>> module = nn.BatchNorm1d(2)
+        >>> ghost = ghost_of(module)
+        >>> ghost.weight is module.weight, ghost.running_mean is module.running_mean
+        (True, False)
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None:
+        memo[id(trainer)] = _trainer_of_ghosts(trainer)
+        for shared in (getattr(trainer, "datamodule", None), trainer.strategy, *trainer.callbacks):
+            memo[id(shared)] = shared
+        for logger in trainer.loggers:
+            memo[id(logger)] = DummyLogger()
+        for optimizer in trainer.optimizers:
+            memo[id(optimizer)] = _Disarmed(optimizer)
+    if context := getattr(module, "_compiler_ctx", None):
+        memo[id(context["dynamo_ctx"])] = context["dynamo_ctx"]
+    try:
+        with _copyable():
+            ghost = copy.deepcopy(module, memo)
+    except Exception as error:  # of whatever object the user keeps there
+        raise NoGhostError(f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error})") from error
+    for name, original in (getattr(ghost, "_compiler_ctx", None) or {}).items():
+        if name.startswith("original_"):  # of a module compiled as a whole: functions of the module, not of the copy
+            vars(ghost)[name.removeprefix("original_")] = original
+    for part in ghost.modules():
+        if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
+            vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without
+            _disarm(part)
+    return ghost
+
+
+def _trainer_of_ghosts(trainer: Any) -> Any:
+    copied = copy.copy(trainer)
+    vars(copied)["_loggers"] = [DummyLogger() for _ in trainer.loggers]
+    return copied
+
+
+def _disarm(module: Any) -> None:
+    """A LightningModule that logs nowhere, and whose optimizers and backward passes do nothing."""
+    own = vars(module)
+    own.update(dict.fromkeys(("log", "log_dict", "print", "clip_gradients"), _nothing))
+    optimizers, schedulers = type(module).optimizers, type(module).lr_schedulers
+    own["optimizers"] = lambda *args, **kwargs: _disarmed(optimizers(module, *args, **kwargs))
+    own["lr_schedulers"] = lambda: _disarmed(schedulers(module))
+    own["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)  # which is noted
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In the place of what must not happen."""
+
+
+def _disarmed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_disarmed(item) for item in value]
+    return None if value is None else _Disarmed(value)
+
+
+class _Disarmed:
+    """An optimizer or a scheduler that steps nothing; all that can be read is that of the real one."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        closure = next((arg for arg in args if callable(arg)), closure)
+        return closure() if closure else None
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The gradients are the module's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_real":
+            raise AttributeError(name)
+        return getattr(self._real, name)
+
+
+class Backwards(TorchFunctionMode):
+    """Notes the losses of backward passes, and runs none.
+
+    Attributes:
+        losses: in the order of the passes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            self.losses.append(args[0])
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def isolated(module: nn.Module) -> Iterator[None]:
+    """What runs inside, on a ghost of ``module``, leaves no trace outside of the ghost.
+
+    Random numbers, gradients and the flags of parameters are as they were afterwards; nothing is printed, and
+    ``breakpoint()`` does not stop.
+    """
+    parameters = list(module.parameters())
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    states = random_states(parameters)
+    hook = sys.breakpointhook
+    sys.breakpointhook = _nothing
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            if compiled_parts(module):
+                stack.enter_context(eager())
+            yield
+    finally:
+        sys.breakpointhook = hook
+        for parameter, gradient, flag in before:
+            parameter.grad = gradient
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        set_random_states(states)
+
+
+def random_states(parameters: Any) -> tuple[Any, ...]:
+    """The states of the global random generators: PyTorch's, also on the devices of the parameters, Python's, NumPy's.
+
+    Example:
+        >>> states = random_states([])
+        >>> first = torch.rand(2)
+        >>> set_random_states(states)
+        >>> torch.equal(first, torch.rand(2))
+        True
+    """
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    on_devices = tuple((device, torch.cuda.get_rng_state(device)) for device in devices)
+    return torch.get_rng_state(), on_devices, random.getstate(), np.random.get_state()
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Sets them back to what :func:`random_states` gave."""
+    host, on_devices, python, numpy = states
+    torch.set_rng_state(host)
+    for device, state in on_devices:
+        torch.cuda.set_rng_state(state, device)
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def same_random_states(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether no random number lies between the two."""
+    numpy = all(np.array_equal(a, b) for a, b in zip(first[3], second[3], strict=True))
+    devices = all(torch.equal(a, b) for (_, a), (_, b) in zip(first[1], second[1], strict=True))
+    return numpy and devices and first[2] == second[2] and torch.equal(first[0], second[0])
+
+
+@contextmanager
+def _copyable() -> Iterator[None]:
+    """``copy.deepcopy`` takes what it cannot take otherwise: results of computations, locks, files, generators."""
+    original = Tensor.__deepcopy__
+
+    def detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if tensor.is_leaf:
+            return original(tensor, memo)  # type: ignore[no-untyped-call,no-any-return]
+        memo[id(tensor)] = copied = tensor.detach().clone()
+        return copied
+
+    table = copyreg.dispatch_table
+    replaced = {kind: table.get(kind) for kind in _REDUCERS}
+    Tensor.__deepcopy__ = detached  # type: ignore[method-assign]
+    table.update(_REDUCERS)
+    try:
+        yield
+    finally:
+        Tensor.__deepcopy__ = original  # type: ignore[method-assign]
+        for kind, reducer in replaced.items():
+            if reducer is None:
+                del table[kind]
+            else:
+                table[kind] = reducer
+
+
+def _shared(value: Any) -> str:
+    return ""  # for copy.deepcopy any text means: take the object itself
+
+
+def _file(value: Any) -> Any:
+    if value.closed or value.writable():
+        return open, (os.devnull, "wb" if "b" in getattr(value, "mode", "") else "w")
+    return _reopened, (value.name, value.mode, value.tell())
+
+
+def _reopened(name: str, mode: str, position: int) -> Any:
+    file = open(name, mode)  # noqa: SIM115
+    file.seek(position)
+    return file
+
+
+def _generator(value: torch.Generator) -> Any:
+    return _generator_at, (value.device, value.get_state())
+
+
+def _generator_at(device: torch.device, state: Tensor) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(state)
+    return generator
+
+
+_REDUCERS: dict[Any, Any] = {
+    type(threading.Lock()): _shared,
+    type(threading.RLock()): _shared,
+    type(sys): _shared,
+    io.TextIOWrapper: _file,
+    io.BufferedWriter: _file,
+    io.BufferedReader: _file,
+    torch.Generator: _generator,
+}

@@ -1,0 +1,107 @@
+"""The forward hook that mixes the output of a layer, and when it does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from lightning_manifold_mixup._step.switches import is_unmixed
+
+if TYPE_CHECKING:
+    from lightning_manifold_mixup.mixing import Mix
+
+
+class MixingHook:
+    """Forward hook that mixes the output of its module while it holds a draw.
+
+    It may stay registered for good: torch.compile then sees the same hook each time, and compiles one graph for each
+    layer that is armed. A copy of the module (EMA, ``copy.deepcopy``) gets a hook that does nothing.
+
+    Attributes:
+        mixes: the draw to apply, one for each group of samples that passes the layer; empty lets every state through.
+        calls: how many states have been mixed since the hook was armed.
+        in_eval: whether modules in eval mode are mixed, too.
+    """
+
+    def __init__(self, batch_dim: int | None = None, dims: Sequence[int | None] | None = None) -> None:
+        self.batch_dim = batch_dim
+        # As found at the first batch: a later one may have as many samples as time steps, and not tell.
+        self.dims = None if dims is None else [dim for dim in dims if dim is not None]
+        self.mixes: tuple[Mix, ...] = ()
+        self.calls = 0
+        self.in_eval = False
+
+    def arm(self, mixes: tuple[Mix, ...]) -> None:
+        """Mixes by these draws from now on."""
+        self.mixes = mixes
+        self.calls = 0
+
+    def disarm(self) -> None:
+        """Lets every state through."""
+        self.mixes = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The mixed output, or None to leave it as it is."""
+        if not self.mixes or is_unmixed() or not (module.training or self.in_eval) or not is_training_forward():
+            return None
+        from lightning_manifold_mixup.mixing import batch_dims
+
+        mix = self.mixes[self.calls % len(self.mixes)]
+        self.calls += 1
+        n = len(mix.partners)
+        # Below not `mix(output)`: torch.compile of torch 2.6 would make a new graph for each object that is called.
+        if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
+            sequence, states = output
+            return mix.__call__(sequence, 0 if module.batch_first else 1), mix.__call__(states, 1)
+        if self.dims is None and n > 1:
+            self.dims = batch_dims(output, n, self.batch_dim)
+        return mix.__call__(output, self.dims if self.dims is not None else self.batch_dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
+        return MixingHook(self.batch_dim, self.dims)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(MixingHook(self.batch_dim, self.dims))
+
+
+def is_training_forward() -> bool:
+    """Whether the forward pass that is running will be back-propagated through.
+
+    True if gradients are enabled, and inside a reentrant activation checkpoint: it runs its first forward under
+    ``no_grad``, and the one with gradients only in backward.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     is_training_forward()
+        False
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            # Reentrant checkpoints are differentiated through their tensor arguments alone.
+            return any(isinstance(a, Tensor) and a.requires_grad for a in frame.f_locals["args"])
+    return False
+
+
+class TargetHook(MixingHook):
+    """Mixes what a module returns as a target, a teacher for instance, also without gradients and in eval mode."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The mixed output, or None to leave it as it is."""
+        if not self.mixes:
+            return None
+        mix = self.mixes[self.calls % len(self.mixes)]
+        self.calls += 1
+        return mix(output, self.batch_dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TargetHook:
+        return TargetHook(self.batch_dim)

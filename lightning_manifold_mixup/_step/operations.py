@@ -1,0 +1,265 @@
+"""The rules by which torch functions are evaluated on labels in superposition; ``targets.py`` says what those are.
+
+The general rule is :func:`_on_both`: the function is called once for each labelling. The table ``_RULES`` has the
+exceptions, each with its reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_manifold_mixup._step.targets import (
+    REMEDY,
+    Superposition,
+    SuperpositionError,
+    _shown,
+    _Superposed,
+    note_use,
+    paired,
+    tensors,
+)
+
+Function = Callable[..., Any]
+Rule = Callable[[str, Function, Any, Any, Superposition], Any]
+
+
+def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
+    name = _name(func)
+    sources = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
+    if not sources:  # the training step is over
+        return func(*_under(args, _shown), **_under(kwargs, _shown))
+    superposition = sources[0]._superposition
+    for source in sources:
+        if source._superposition is not superposition:
+            raise SuperpositionError(
+                f"`{name}` combines targets of two different mixes. Each draw of lam and partners makes labels that "
+                f"can only be combined with their own kind. {REMEDY}"
+            )
+    rule = _RULES.get(name, _on_both)
+    if name.startswith("get "):
+        rule = _on_both if name[4:] in _VALUES else _of_the_object
+    elif name.startswith("set ") or _writes(name):
+        rule = _write
+    return rule(name, func, args, kwargs, superposition)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name(func: Function) -> str:
+    """The name of a torch function; of the access to a property, "get" or "set" and the name of that."""
+    if func.__name__ in ("__get__", "__set__"):
+        return f"{func.__name__.strip('_')} {func.__self__.__name__}"  # type: ignore[attr-defined]
+    return func.__name__
+
+
+def _on_both(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    if isinstance(kwargs.get("out"), Tensor):
+        raise SuperpositionError(f"`{name}(..., out=...)` cannot be evaluated for two labellings. {REMEDY}")
+    first = func(*_under(args, _first), **_under(kwargs, _first))
+    second = func(*_under(args, _second), **_under(kwargs, _second))
+    recorded = note_use(superposition, (first, second))
+    read = list(tensors((args, kwargs)))
+    steady = name in _STEADY or all(isinstance(t, _Superposed) and t._steady for t in read)
+    averaged = recorded or any(isinstance(t, _Superposed) and t._averaged for t in read)
+    return paired(first, second, superposition, steady, averaged)
+
+
+def _of_the_object(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """Of the tensor as an object, not of its value under a labelling."""
+    return func(*_under(args, _first), **_under(kwargs, _first))
+
+
+def _read(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """Python code takes a value to the host, where nobody can follow it."""
+    decides = name in _DECISIONS
+    first = func(*_under(args, _first), **_under(kwargs, _first))
+    second = func(*_under(args, _second), **_under(kwargs, _second))
+    read = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed)]
+    same = first == second if decides else all(torch.equal(t._first, t._second) for t in read)
+    if same and all(t._steady for t in read):
+        return first
+    shown = first if decides else func(*_under(args, _shown), **_under(kwargs, _shown))
+    if superposition.reader is not None:
+        return superposition.reader(name, first, second, shown)
+    if decides and not same:
+        raise SuperpositionError(
+            f"`{name}` of a value that depends on the labels is {first!r} for the dominant labels and {second!r} for "
+            f"the others, so Python cannot go on with both. {REMEDY}"
+        )
+    return shown
+
+
+def _display(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """Text for people."""
+    return func(*_under(args, _shown), **_under(kwargs, _shown))
+
+
+def _gradient(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """``torch.autograd.grad``: of the mixed loss; of both where the result is to be differentiated again."""
+    if kwargs.get("create_graph"):
+        return _on_both(name, func, args, kwargs, superposition)
+    return func(*_under(args, _shown), **_under(kwargs, _shown))
+
+
+def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """A write is done for both labellings; the tensor that is written into is in superposition from then on.
+
+    It is refused where other tensors share the memory (views, a row of a user's table): they would not know of it.
+    """
+    target, *others = args
+    inside = isinstance(target, _Superposed)
+    # A value in superposition is itself a second name of the memory of its first part.
+    parts = ((target._first, 2), (target._second, 1)) if inside else ((target, 1),)
+    shared = any(part._is_view() or _is_shared(part, names) for part, names in parts)
+    if shared or name.startswith("set ") or name in _HOOKS:
+        raise SuperpositionError(
+            f"`{name}` writes what depends on the labels into memory that other tensors share. {REMEDY}"
+        )
+    read = list(tensors((others, kwargs)))
+    averaged = any(isinstance(t, _Superposed) and t._averaged for t in read)
+    if not inside:
+        first, second = target.clone(), target.clone()
+        func(target, *_under(others, _first), **_under(kwargs, _first))
+        superposition.adopt(target, first, second)
+    func(target._first, *_under(others, _first), **_under(kwargs, _first))
+    func(target._second, *_under(others, _second), **_under(kwargs, _second))
+    recorded = note_use(superposition, (target._first, target._second))
+    target._steady = target._steady and all(isinstance(t, _Superposed) and t._steady for t in read)
+    target._averaged = target._averaged or ((recorded or averaged) and target.is_floating_point())
+    return None if name == "__setitem__" else target
+
+
+def _is_shared(tensor: Tensor, names: int) -> bool:
+    """Whether more tensors than the ``names`` that we know of hold the same memory."""
+    if torch.compiler.is_compiling():
+        return False
+    alone = torch.empty(0)
+    return _holders(tensor) > _holders(alone) + names - 1
+
+
+def _holders(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    return holders
+
+
+def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """The user's own backward pass is that of the mixed loss."""
+    return func(*_under(args, _shown), **_under(kwargs, _shown))
+
+
+def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """As NLL of log-probabilities, which are the same for both labellings: the largest tensors are made once."""
+    if superposition.lam.ndim:
+        return _per_sample(name, func, args, kwargs, superposition)
+    if len(args) == 2:
+        logits, target = args
+    else:
+        bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs)
+        logits, target = bound.arguments.pop("input"), bound.arguments.pop("target")
+        kwargs = bound.arguments
+    if kwargs.get("label_smoothing") or isinstance(logits, _Superposed) or target.is_floating_point():
+        return _on_both(name, func, args if len(args) == 2 else (logits, target), kwargs, superposition)
+    kwargs = {key: value for key, value in kwargs.items() if key != "label_smoothing"}
+    if torch.is_autocast_enabled(logits.device.type):  # it casts for cross_entropy, and on CPUs not for log_softmax
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probabilities = F.log_softmax(logits, dim=min(logits.ndim - 1, 1))
+    return _on_both(name, F.nll_loss, (log_probabilities, target), kwargs, superposition)
+
+
+def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """Losses of samples, each with a lam of its own: weighted before they are summed up."""
+    if not superposition.lam.ndim:
+        return _on_both(name, func, args, kwargs, superposition)
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = bound.arguments
+    reduction = arguments["reduction"]
+    if reduction == "none":
+        return _on_both(name, func, args, kwargs, superposition)
+    arguments["reduction"] = "none"
+    results = []
+    lam, mean = superposition.lam.double(), superposition.reduced.lam
+    for pick, weight in ((_labels, lam / mean), (_partners, (1 - lam) / (1 - mean))):
+        under = _under(dict(arguments), pick)
+        losses = func(**under)
+        share = weight.to(losses.dtype).reshape(weight.shape + (1,) * (losses.ndim - 1))
+        total = (losses * share).sum()
+        results.append(total / _count(under, losses) if reduction == "mean" else total)
+    note_use(superposition, results)
+    first, second = results
+    return paired(first, second, superposition.reduced)
+
+
+def _count(arguments: dict[str, Any], losses: Tensor) -> Tensor | int:
+    """What ``reduction="mean"`` divides by: the class weights of the labels that count, or the number of losses."""
+    if "ignore_index" not in arguments or arguments["target"].is_floating_point():
+        return losses.numel()
+    counted = arguments["target"] != arguments["ignore_index"]
+    if arguments["weight"] is None:
+        total: Tensor = counted.sum()
+        return total
+    total = (arguments["weight"][arguments["target"].where(counted, 0)] * counted).sum()
+    return total
+
+
+# A property that is a value; all others (grad_fn, device, ...) are of the object.
+_VALUES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
+# Finite or not: that differs between two labellings only where training is lost anyway.
+_STEADY = {"isnan", "isinf", "isfinite"}
+_DECISIONS = {"__bool__", "is_nonzero", "__index__", "__contains__"}
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "set_"}
+_AUGMENTED = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("__hash__", "data_ptr", "untyped_storage", "storage", "_is_view", "is_complex"), _of_the_object),
+    **dict.fromkeys(("item", "tolist", "numpy", "__array__", "__float__", "__int__", "__complex__"), _read),
+    **dict.fromkeys(("equal", "allclose", *_DECISIONS), _read),
+    **dict.fromkeys(("__format__", "__repr__", "__str__"), _display),
+    **dict.fromkeys(("nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"), _per_sample),
+    **dict.fromkeys(_HOOKS, _write),
+    "cross_entropy": _cross_entropy,
+    "backward": _backward,
+    "grad": _gradient,
+}
+
+
+def _writes(name: str) -> bool:
+    return name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+
+
+def _first(value: Tensor) -> Tensor:
+    return value._first if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+
+
+def _second(value: Tensor) -> Tensor:
+    return value._second if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+
+
+def _labels(value: Tensor) -> Tensor:
+    return value.labels if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+
+
+def _partners(value: Tensor) -> Tensor:
+    return value.partners if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+
+
+def _closed(value: Tensor) -> Tensor:
+    return _shown(value) if isinstance(value, _Superposed) else value
+
+
+def _under(tree: Any, labelling: Callable[[Tensor], Tensor]) -> Any:
+    """The arguments of a torch function (nested tuples, lists and dicts at most) under one labelling."""
+    if isinstance(tree, Tensor):
+        return labelling(tree)
+    if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
+        return type(tree)([_under(item, labelling) for item in tree])
+    if isinstance(tree, dict):
+        return {key: _under(item, labelling) for key, item in tree.items()}
+    return tree

@@ -1,0 +1,199 @@
+"""When the oracles of ``self_check.py`` are asked, and what follows from their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_manifold_mixup._step.diagnosis import explain
+from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
+from lightning_manifold_mixup._step.self_check import Mixes, Outcome, Trials, Verdict, pair, swap
+from lightning_manifold_mixup._step.step import Site
+from lightning_manifold_mixup._step.targets import MixingError
+
+Passes = Literal["auto", 1, 2]
+# New structures after which a layer is checked again, in one fit: a step that is built anew each time costs no more.
+_RECHECKS = 8
+
+
+class Proof:
+    """Keeps what has been proven in a fit, and decides whether the training step runs once or twice.
+
+    Args:
+        trainer: for one verdict on all ranks.
+        enabled: whether the oracles are asked at all.
+        passes: what the user wants: 1, 2, or ``"auto"``.
+
+    Attributes:
+        passes: how often the training step runs for a mixed batch; None until that is decided.
+        reads: how many values Python code was seen to read without an effect on the loss.
+    """
+
+    def __init__(self, trainer: Any, enabled: bool, passes: Passes, decided: int | None) -> None:
+        self._trainer = trainer
+        self.enabled = enabled
+        self._wanted = passes
+        self.passes = 2 if passes == 2 else decided
+        self.reads = 0
+        self._open: dict[str, int] = {}  # layers without a verdict, with how often they have been tried
+        self._next = 10
+        self._retry_at = 0
+        self._seen: dict[str, set[Any]] = {}
+        self._rechecks = 0
+        self._said: set[str] = set()
+
+    def due(self, layers: Sequence[str], layer: str, mixed: int) -> list[str]:
+        """Which layers to check before a batch is trained on.
+
+        Args:
+            layers: S.
+            layer: the one that was drawn.
+            mixed: how many batches have been mixed in this fit.
+        """
+        if not self.enabled:
+            return []
+        if mixed == 0:
+            return list(layers)
+        if mixed >= self._next:
+            self._next *= 10
+            return [layer]
+        if layer in self._open and mixed >= self._retry_at:
+            return [layer]
+        return []
+
+    def is_new(self, layer: str, signature: Any) -> bool:
+        """Whether a training step was built otherwise than all before it at this layer."""
+        seen = self._seen.setdefault(layer, set())
+        known = not seen or signature in seen
+        seen.add(signature)
+        if known or not self.enabled or self._rechecks >= _RECHECKS:
+            return False
+        self._rechecks += 1
+        return True
+
+    def check(self, trials: Trials, sites: Sequence[Site], permutations: Mixes, draws: Mixes, mixed: int) -> None:
+        """Asks both oracles about a batch.
+
+        Args:
+            trials: the step on that batch.
+            sites: the layers.
+            permutations: for the swap oracle, with lam 0.
+            draws: for the pair oracle.
+            mixed: how many batches have been mixed before.
+
+        Raises:
+            MixingError: if something else than layer k and the targets reaches the loss; no weight has changed.
+        """
+        failure = None
+        try:
+            failure = self._swaps(trials, sites, permutations)
+            if failure is None and self._wanted != 2:
+                failure = self._pairs(trials, sites, draws)
+        except NoGhostError as error:
+            self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
+            self.enabled = False
+        if not self._on_all_ranks(failure is None):
+            raise MixingError(failure or "The self-check has failed on another rank; see its message.")
+        self._retry_at = 2 * mixed + 1
+
+    def run_twice(self, reason: str) -> None:
+        """From now on the training step runs once for each labelling."""
+        if self.passes != 2:
+            rank_zero_warn(
+                "Manifold Mixup runs the training step twice for each mixed batch from here on, once for each "
+                f"labelling: {reason}. The loss is exact; it costs a second forward pass. To avoid that, compute the "
+                "loss with `mixed_loss(function, logits, y)`, or in a criterion module (nn.Module). `passes=2` "
+                "silences this."
+            )
+        self.passes = 2
+
+    def _swaps(self, trials: Trials, sites: Sequence[Site], permutations: Mixes) -> str | None:
+        plain_run, train, reason = _plain_run(trials)
+        if plain_run is None:
+            self._say(f"the swap oracle has no verdict ({reason})")
+            return None
+        wrong = None
+        for site in sites:
+            wrong = wrong or trials.run(site, states=permutations, train=train)
+            finding = swap(trials, site, permutations, plain_run, wrong, train)
+            self._note(site.layer, finding.verdict)
+            if finding.verdict is Verdict.UNDECIDED:
+                self._say(f"the swap oracle has no verdict ({finding.reason})")
+            elif finding.verdict is Verdict.FAILED:
+                why = explain(trials, site, permutations, plain_run, train)
+                return (
+                    f"Manifold Mixup at {site.layer!r} would be wrong for this training step: {finding.reason}, so "
+                    f"something else reaches the loss. {why} `self_check=False` switches this check off. No weight "
+                    "has changed in this step."
+                )
+        return None
+
+    def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> str | None:
+        reason = None
+        for site in sites:
+            try:
+                finding, reads = pair(trials, site, draws)
+            except (NoGhostError, MixingError):
+                raise
+            except Exception as error:  # the step does not run on a ghost
+                self._say(f"the pair oracle has no verdict ({type(error).__name__}: {error})")
+                break
+            self.reads = max(self.reads, reads)
+            self._note(site.layer, finding.verdict)
+            if finding.verdict is Verdict.FAILED:
+                reason = finding.reason
+                break
+        twice = not self._on_all_ranks(reason is None)
+        if not twice:
+            self.passes = self.passes or 1
+            return None
+        reason = reason or "so it is on another rank"
+        if self._wanted == 1 or not trials.module.automatic_optimization:
+            how = "`passes=1`" if self._wanted == 1 else "manual optimization"
+            return (
+                f"Manifold Mixup cannot follow this training step with labels in superposition: {reason}. Under {how} "
+                "it cannot run once for each labelling instead. Compute the loss with `mixed_loss(function, logits, "
+                "y)`, or in a criterion module (nn.Module). No weight has changed in this step."
+            )
+        self.run_twice(reason)
+        return None
+
+    def _note(self, layer: str, verdict: Verdict) -> None:
+        if verdict is Verdict.NO_POWER:
+            self._open[layer] = self._open.get(layer, 0) + 1
+        else:
+            self._open.pop(layer, None)
+
+    def _on_all_ranks(self, decision: bool) -> bool:
+        return bool(self._trainer.strategy.reduce_boolean_decision(decision, all=True))
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_info(f"Manifold Mixup, self-check: {what}.")
+
+
+def _plain_run(trials: Trials) -> tuple[Outcome | None, bool, str]:
+    """The step on the batch as it is: in eval mode, or in training mode where it draws no random numbers there."""
+    reason = "the step skips the batch"
+    for train in (False, True):
+        before = random_states(trials.module.parameters())
+        try:
+            outcome = trials.run(train=train)
+        except NoGhostError:
+            raise
+        except Exception as error:  # whatever the user's code does in eval mode
+            reason = f"the step does not run on a copy of the module: {type(error).__name__}: {error}"
+            continue
+        if outcome.loss is None:
+            continue
+        if not bool(torch.isfinite(outcome.loss)):
+            reason = "the loss is not finite"
+        elif train and not same_random_states(before, outcome.random):
+            reason = "the step does not run in eval mode, and draws random numbers in training mode"
+        else:
+            return outcome, train, ""
+    return None, True, reason

@@ -1,0 +1,72 @@
+"""Which contexts are open: ``with mixing(...)`` and ``with unmixed():``.
+
+Counted for the whole process, not for a thread or a task: the backward pass recomputes checkpointed layers in a thread
+of its own, and ``nn.DataParallel`` runs its replicas in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_mixing = 0
+_unmixed = 0
+
+
+@contextmanager
+def mixing_opened() -> Iterator[None]:
+    """What ``with mixing(...)`` opens for :func:`mixing_is_open`."""
+    global _mixing
+    _mixing += 1
+    try:
+        yield
+    finally:
+        _mixing -= 1
+
+
+def mixing_is_open() -> bool:
+    """Whether a ``with mixing(...)`` is open, so that the loss of plain labels would not be that of mixed ones.
+
+    Example:
+        >>> mixing_is_open()
+        False
+    """
+    return _mixing > 0
+
+
+@contextmanager
+def unmixed() -> Iterator[None]:
+    """Mixes nothing while it is open: a clean forward pass, with gradients, inside a step whose batch is mixed.
+
+    It stops the mixing of hidden states. The labels of the step stay mixed (``y.labels`` are the original ones), and so
+    does an input that was mixed. Keep it open during ``backward()`` if layers of the clean pass are recomputed there
+    (activation checkpointing).
+
+    Example:
+        >>> import torch
+        >>> from lightning_manifold_mixup import Mix, mixing
+        >>> net, x = torch.nn.Identity(), torch.tensor([[0.0], [4.0]])
+        >>> with mixing(net, Mix(torch.tensor(0.75), torch.tensor([1, 0]))):
+        ...     mixed = net(x)
+        ...     with unmixed():
+        ...         clean = net(x)
+        >>> mixed.tolist(), clean.tolist()
+        ([[1.0], [3.0]], [[0.0], [4.0]])
+    """
+    global _unmixed
+    _unmixed += 1
+    try:
+        yield
+    finally:
+        _unmixed -= 1
+
+
+def is_unmixed() -> bool:
+    """Whether a ``with unmixed():`` is open.
+
+    Example:
+        >>> with unmixed():
+        ...     is_unmixed()
+        True
+    """
+    return _unmixed > 0

@@ -1,0 +1,286 @@
+"""How a training step uses its floating point targets: as values, or as classes.
+
+A value (a temperature, soft labels) is mixed as a number. A float that the step rounds, compares, or casts to integers
+stands for a class or a flag: the mean of two classes would be a third one. It belongs in superposition, as integer
+labels do. The type does not tell the two apart, so one plain training step is watched.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Self
+
+from lightning_manifold_mixup._step.batch import tensors
+from lightning_manifold_mixup.layers.flow import value_arguments
+
+Use = Literal["values", "classes", "both"]
+
+# What moves entries and leaves their values alone. It is run on the numbers of the columns, too.
+_MOVES = {
+    "__getitem__", "__get__", "__iter__", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel",
+    "squeeze", "unsqueeze", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "select",
+    "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "index_select", "gather",
+    "take_along_dim", "masked_select", "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave",
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "roll", "flip", "diagonal", "unfold",
+}  # fmt: skip
+# Of these, what takes several tensors.
+_JOINS = {
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack",
+}  # fmt: skip
+# What finds an order or whole numbers, and returns floats.
+_DISCRETE = {
+    "sort", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "unique", "round", "floor", "ceil",
+    "trunc", "fix", "sign", "sgn", "heaviside", "floor_divide", "__floordiv__", "__rfloordiv__",
+}  # fmt: skip
+# Losses whose float target is 1 or -1: they compare inside, or are not linear in it.
+_FLAGS = {
+    "cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss",
+}  # fmt: skip
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+class _Label(NamedTuple):
+    """What a tensor that was computed from targets alone says about them.
+
+    Attributes:
+        columns: The columns whose values it holds: a tensor of its shape with their numbers, or the set of them.
+        classes: The columns that it holds as classes.
+        line: Where they were made classes.
+    """
+
+    columns: Tensor | frozenset[int]
+    classes: frozenset[int]
+    line: str
+
+
+@dataclass
+class _Target:
+    """The numbers of a target's columns, and what was seen of them."""
+
+    numbers: range
+    values: set[int] = field(default_factory=set)
+    classes: set[int] = field(default_factory=set)
+    value_line: str = ""
+    class_line: str = ""
+
+
+class LabelUse(TorchFunctionMode):
+    """Notes how the code that runs inside uses floating point targets. It changes nothing.
+
+    A use counts where it reaches what is trained: where a tensor computed from targets alone meets one that carries a
+    gradient. So a check on the host (`assert y.min() >= 0`) is none, nor is a metric.
+
+    Args:
+        targets: The targets by key, as the code inside will hold them. Those of integers are ignored.
+
+    Example:
+        >>> y = torch.tensor([0.0, 2.0, 1.0])
+        >>> logits = torch.randn(3, 4, requires_grad=True)
+        >>> with LabelUse({"y": y}) as use:
+        ...     loss = torch.nn.functional.cross_entropy(logits, y.long())
+        >>> use.verdict("y")
+        'classes'
+        >>> with LabelUse({"y": y}) as use:
+        ...     loss = torch.nn.functional.mse_loss(logits[:, 0], y)
+        >>> use.verdict("y")
+        'values'
+    """
+
+    def __init__(self, targets: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._targets: dict[str, _Target] = {}
+        self._labels: Any = WeakIdKeyDictionary()
+        # What was computed from what is trained, and carries no gradient: predictions of a metric.
+        self._predictions: Any = WeakIdKeyDictionary()
+        self._stack = ExitStack()
+        start = 0
+        with torch._C.DisableTorchFunctionSubclass():
+            for key, target in targets.items():
+                if target.is_floating_point():
+                    columns = _columns(target)
+                    self._targets[key] = _Target(range(start, start + columns[1]))
+                    self._labels[target] = _Label(columns[0] + start, frozenset(), "")
+                    start += columns[1]
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled part would not be seen
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._stack.close()
+
+    def verdict(self, key: str) -> Use:
+        """Say how a target was used.
+
+        Returns:
+            `"classes"` if all columns that were used as values were used as classes, too; `"both"` if it holds columns
+            of classes beside columns of values (rows of boxes, pairs of a time and an event); else `"values"`.
+        """
+        target = self._targets[key]
+        if not target.classes:
+            return "values"
+        return "both" if target.values - target.classes else "classes"
+
+    def evidence(self, key: str) -> str:
+        """Name the lines of code that the verdict on a target rests on; empty if no loss used it.
+
+        Example:
+            >>> y, logits = torch.tensor([0.0, 1.0]), torch.randn(2, 2, requires_grad=True)
+            >>> with LabelUse({"y": y}) as use:
+            ...     loss = torch.nn.functional.cross_entropy(logits, y.long())
+            >>> use.evidence("y")  # doctest: +ELLIPSIS
+            'read as classes by `long`...'
+        """
+        target = self._targets[key]
+        parts = [f"read as classes by {target.class_line}"] if target.classes else []
+        if self.verdict(key) != "classes" and target.values:
+            parts.append(f"used as values by {target.value_line}")
+        return ", ".join(parts)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            reads = [(tensor, _version(tensor)) for tensor in tensors(value_arguments(name, args, kwargs))]
+        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            read = [tensor for tensor, _ in reads]
+            known = {id(tensor) for tensor in read}
+            results = [tensor for tensor in tensors(out) if id(tensor) not in known]
+            results += [tensor for tensor, version in reads if _version(tensor) != version]
+            if results:
+                self._record(func, name, args, kwargs, read, results)
+        return out
+
+    def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], results: list[Tensor]) -> None:
+        labels = [self._labels[tensor] for tensor in read if tensor in self._labels]
+        trained = any(tensor.requires_grad for tensor in results)
+        predicted = [tensor for tensor in read if tensor.requires_grad or tensor in self._predictions]
+        if not labels:
+            if predicted and not trained:
+                self._predictions.update(dict.fromkeys(results, True))
+            return
+        classes = frozenset().union(*(label.classes for label in labels))
+        values = frozenset().union(*(_numbers(label.columns) for label in labels))
+        line = next((label.line for label in labels if label.line), "")
+        if trained:
+            if name in _FLAGS:
+                classes, line = classes | values, line or _place(name)
+            self._note(name, values, classes, line)
+            return
+        if name not in _MOVES and any(tensor.dtype is not torch.bool for tensor in predicted):
+            values = frozenset()  # an error, a distance between prediction and target: no label any more
+        moved = self._moved(func, name, args, kwargs, len(results)) if name in _MOVES and values else None
+        for index, result in enumerate(results):
+            columns: Tensor | frozenset[int] = values if moved is None else moved[index]
+            if moved is None and values:
+                same = [label.columns for label in labels if isinstance(label.columns, Tensor)]
+                columns = same[0] if len(labels) == 1 and same and same[0].shape == result.shape else values
+            made = classes
+            if (not result.is_floating_point() or name in _DISCRETE) and values:
+                if _in_torchmetrics():
+                    columns = frozenset()
+                else:
+                    made, columns, line = classes | values, frozenset(), line or _place(name)
+            self._labels[result] = _Label(columns, made, line)
+
+    def _moved(self, func: Any, name: str, args: Any, kwargs: Any, count: int) -> list[Tensor] | None:
+        """Run an operation that only moves entries on the numbers of the columns; None if it cannot be done."""
+
+        def numbered(value: Any) -> Any:
+            if isinstance(value, (list, tuple)) and name in _JOINS:
+                return [numbered(part) for part in value]
+            label = self._labels.get(value) if isinstance(value, Tensor) else None
+            if label is not None and isinstance(label.columns, Tensor):
+                return label.columns
+            if isinstance(value, Tensor) and name in _JOINS:
+                return torch.full(value.shape, -1, device=value.device)
+            return value
+
+        first = args[0] if args else None
+        label = self._labels.get(first) if isinstance(first, Tensor) else None
+        if name not in _JOINS and (label is None or not isinstance(label.columns, Tensor)):
+            return None
+        try:
+            moved = list(tensors(func(numbered(first), *args[1:], **kwargs)))
+        except (RuntimeError, TypeError, AttributeError, IndexError):
+            return None
+        return moved if len(moved) == count and all(part.dtype is torch.int64 for part in moved) else None
+
+    def _note(self, name: str, values: Iterable[int], classes: Iterable[int], line: str) -> None:
+        classes = set(classes)
+        if classes and _in_torchmetrics():
+            classes = set()
+        for target in self._targets.values():
+            seen = classes.intersection(target.numbers)
+            if seen and not target.classes:
+                target.class_line = line
+            target.classes |= seen
+            used = set(values).intersection(target.numbers)
+            if used - target.classes and not target.value_line:
+                target.value_line = _place(name)
+            target.values |= used
+
+
+def _columns(target: Tensor) -> tuple[Tensor, int]:
+    """Number the columns of a target: places in dimension 1 and in the last one, which may hold classes and values."""
+    if target.ndim < 2:
+        return torch.zeros(target.shape, dtype=torch.int64, device=target.device), 1
+    channels, last = target.shape[1], target.shape[-1]
+    if target.ndim == 2:
+        return torch.arange(channels, device=target.device).expand(target.shape), channels
+    numbers = torch.arange(channels * last, device=target.device).view(1, channels, *[1] * (target.ndim - 3), last)
+    return numbers.expand(target.shape), channels * last
+
+
+def _numbers(columns: Tensor | frozenset[int]) -> frozenset[int]:
+    if isinstance(columns, Tensor):
+        return frozenset(torch.unique(columns).tolist()) - {-1}
+    return columns
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _frames() -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _in_torchmetrics() -> bool:
+    """Whether a metric is computed: it compares and sorts, and nothing is trained on what comes of that."""
+    return any(str(frame.f_globals.get("__name__", "")).startswith("torchmetrics.") for frame in _frames())
+
+
+def _place(name: str) -> str:
+    """Name an operation, and the line of the user's code that it was called from."""
+    name = name.strip("_")
+    for frame in _frames():
+        file = frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES):
+            line = linecache.getline(file, frame.f_lineno).strip()
+            return f"`{name}`" + (f" in `{line}` ({Path(file).name}, line {frame.f_lineno})" if line else "")
+    return f"`{name}`"
