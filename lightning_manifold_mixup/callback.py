@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import check_compiled
-from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext, Partners
+from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext
 from lightning_manifold_mixup._step.fit import Fit, Options, Plan
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
@@ -22,6 +22,7 @@ from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup._step.randomness import generator, global_seed
 from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighted_layers
 from lightning_manifold_mixup.mixing import Draw, check_alpha
+from lightning_manifold_mixup.partners import Partners
 
 
 class ManifoldMixupCallback(Callback):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha, draw_mix
+from lightning_manifold_mixup.partners import Partners
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,6 @@ class AlphaSchedule:
 
 
 Alpha = float | Sequence[float]
-Partners = Any
-"""A strategy of ``partners.py``, or any function of (targets, n, generator) that gives n indices into the batch."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +84,20 @@ class DrawContext:
 
     def draw_mix(self) -> Mix:
         """Lam ~ Beta(alpha, alpha), and a partner for each sample."""
-        mix = draw_mix(self.n, self.alpha, self.own, dominant=self.dominant)
-        if self.rows is not None:
-            partners = torch.arange(self.n)
-            rows = self.rows.nonzero().flatten().cpu()
-            partners[rows] = rows[torch.from_numpy(self.own.permutation(len(rows)))]
-            return Mix(mix.lam, partners)
+        return draw_mix(self.n, self.alpha, self.own, dominant=self.dominant, partners=self.draw_partners())
+
+    def draw_partners(self) -> Tensor | None:
+        """The strategy's partners, among the samples that are trained on; None is a permutation of all."""
+        if self.rows is None:
+            return None if self.partners is None else self.partners(self.targets, self.n, self.own)
+        rows = self.rows.nonzero().flatten().cpu()
+        partners = torch.arange(self.n)
         if self.partners is None:
-            return mix
-        return Mix(mix.lam, torch.as_tensor(self.partners(self.targets, self.n, self.own)))
+            chosen = torch.from_numpy(self.own.permutation(len(rows)))
+        else:
+            chosen = self.partners(self.targets[self.rows], len(rows), self.own)
+        partners[rows] = rows[chosen]
+        return partners
 
     def draw(self) -> Draw:
         """Both, as the paper has it."""

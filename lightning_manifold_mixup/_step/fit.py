@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
@@ -217,7 +218,8 @@ class Fit:
             return
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
-        partners = [torch.from_numpy(_cycle(n, generator)) for n in sizes]
+        rows = places.rows_of(call.batch)
+        partners = [torch.from_numpy(_cycle(n, generator, rows)) for n in sizes]
         draws, permutations = (
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
@@ -235,7 +237,7 @@ class Fit:
         assert step is not None
         places = step.site.places
         real: tuple[Any] | None = None
-        for layer in self.plan.layers or [step.site.layer]:  # what cannot be mixed is said before anything runs
+        for layer in self.plan.layers or ["not yet chosen"]:  # what cannot be mixed is said before anything runs
             self._site(layer, places).mixed(call.batch, step.mixes, step.mixes, "partners")
         try:
             seen = watch(self.module, call, step.site, step.mixes)
@@ -301,10 +303,10 @@ class Fit:
             CriterionHooks().register(named[name], self._criteria)
 
 
-def _cycle(n: int, generator: np.random.Generator) -> Any:
-    """A random permutation in which every sample has another one for its partner."""
-    order = generator.permutation(n)
-    partners = np.empty(n, dtype=np.int64)
+def _cycle(n: int, generator: np.random.Generator, rows: Tensor | None) -> Any:
+    """A random permutation in which every sample has another one for its partner: of those that are trained on."""
+    order = generator.permutation(n if rows is None else rows.nonzero().flatten().cpu().numpy())
+    partners = np.arange(n)
     partners[order] = np.roll(order, -1)
     return partners
 

@@ -20,8 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Self, override
+
+from lightning_manifold_mixup._step.switches import mixing_is_open
 
 T = TypeVar("T")
 Reader = Callable[[str, Any, Any, Any], Any]
@@ -339,6 +342,11 @@ def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     found = superpositions((args, kwargs))
     if not found:
+        if mixing_is_open() and any(not t.is_floating_point() for t in tensors((args, kwargs))):
+            rank_zero_warn(
+                "`mixed_loss` got plain labels inside `with mixing(...)`: the states are mixed, and the labels are "
+                "not. Hand it `mix.target(y)`."
+            )
         return function(*args, **kwargs)
     if len(found) > 1:
         raise MixingError("Expected labels of one mix, got labels of several draws of lam in one call.")
