@@ -242,12 +242,19 @@ def _second(value: Tensor) -> Tensor:
     return value._second if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
 
 
+def _originally(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The value under the original labelling, and under that of the partners."""
+    if isinstance(value, _Superposed) and value._superposition.open:
+        return value._superposition.ordered(value._first, value._second)
+    return _closed(value), _closed(value)
+
+
 def _labels(value: Tensor) -> Tensor:
-    return value.labels if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+    return _originally(value)[0]
 
 
 def _partners(value: Tensor) -> Tensor:
-    return value.partners if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+    return _originally(value)[1]
 
 
 def _closed(value: Tensor) -> Tensor:

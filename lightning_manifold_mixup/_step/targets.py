@@ -46,6 +46,7 @@ class Superposition:
         swapped: whether the dominant labels are those of the partners; a bool tensor where only the device knows.
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
+        inspected: whether the code knows of the superposition: it has asked for one of the labellings.
         open: until :meth:`close`; from then on its tensors are ordinary ones.
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
     """
@@ -57,6 +58,7 @@ class Superposition:
         self.swapped: bool | Tensor = bool(lam < 0.5) if on_host else lam < 0.5
         self.used = False
         self.holds_labels = False
+        self.inspected = False
         self.open = True
         self.reader: Reader | None = None
         self._alive: list[weakref.ref[Tensor]] = []
@@ -174,12 +176,16 @@ class _Superposed(Tensor):
     @property
     def labels(self) -> Tensor:
         """The value under the original labelling, weight lam."""
-        return self._superposition.ordered(self._first, self._second)[0]
+        return self._inspected()[0]
 
     @property
     def partners(self) -> Tensor:
         """The value under the partners' labelling, weight 1 - lam."""
-        return self._superposition.ordered(self._first, self._second)[1]
+        return self._inspected()[1]
+
+    def _inspected(self) -> tuple[Tensor, Tensor]:
+        self._superposition.inspected = True
+        return self._superposition.ordered(self._first, self._second)
 
     @property
     def lam(self) -> Tensor:
