@@ -65,9 +65,6 @@ class ManifoldMixupCallback(Callback):
         log_mixing: whether to log ``manifold_mixup/lam``, ``/alpha``, ``/layer`` (the index of k in S) and the loss for
             each layer, ``/loss/<layer>``, and the settings as hyperparameters.
 
-    Attributes:
-        last_draw: the draw of the batch in progress (``.layer``, ``.mix``); None where it is not mixed.
-
     Raises:
         ValueError: for a wrong argument, at construction; for layers or batch keys that are not there, in fit.
         MixingError: in fit, before the optimizer steps, when a batch could not be mixed as planned.
@@ -121,11 +118,16 @@ class ManifoldMixupCallback(Callback):
         self.passes = passes
         self.seed = seed
         self.log_mixing = log_mixing
-        self.last_draw: Draw | None = None
+        self._draw: Draw | None = None
         self._keys = Keys(input_key, target_key, mask_key)
         self._plan = Plan()
         self._fit: Fit | None = None
         self._announced = False
+
+    @property
+    def last_draw(self) -> Draw | None:
+        """The draw of the batch in progress; None where it is not mixed."""
+        return None if self._fit is None or self._fit.step is None else self._draw
 
     # --------------------------------------------------------------------------------------------- to be overridden
 
@@ -184,7 +186,7 @@ class ManifoldMixupCallback(Callback):
             self._fit.arm(None, tuple(context.draw_mix().to(device) for context in contexts), places)
         else:
             self._announce(places)
-            self.last_draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
+            self._draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
             others = [type(draw.mix)(draw.mix.lam, context.draw_mix().partners) for context in contexts[1:]]
             self._fit.arm(draw.layer, tuple(mix.to(device) for mix in (draw.mix, *others)), places)
 
@@ -306,7 +308,7 @@ class ManifoldMixupCallback(Callback):
             self._fit.step.check_halves()
 
     def _disarm(self) -> None:
-        self.last_draw = None
+        self._draw = None
         if self._fit is not None:
             self._fit.disarm()
 

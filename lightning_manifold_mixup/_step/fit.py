@@ -162,7 +162,8 @@ class Fit:
         assert step is not None
         call = Call(args, kwargs)
         if self._settled is None and (settled := self._settle(training_step, call)) is not None:
-            return settled[0]  # observed as it ran
+            self.disarm()  # it ran as it was observed: unmixed
+            return settled[0]
         if self.call_settles:
             self._prove(list(self.plan.layers or ()), step, call)
             return training_step(*args, **kwargs)
