@@ -20,6 +20,7 @@ from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, se
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
+from lightning_manifold_mixup._step.randomness import Stream
 from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
@@ -86,6 +87,8 @@ class Fit:
     def __init__(self, trainer: Any, module: Any, options: Options, plan: Plan) -> None:
         self.trainer, self.module, self.options, self.plan = trainer, module, options, plan
         self.proof = Proof(trainer, options.self_check, options.passes, plan.passes)
+        # Numbers that all ranks share, and those of this one.
+        self.streams = tuple(Stream(plan.seed, stream) for stream in (0, 1 + trainer.global_rank))
         self.step: Step | None = None
         self.call_settles = False
         self._settled: _Settled | None = None
@@ -127,7 +130,7 @@ class Fit:
             self._site(layer or INPUT, places),
             mixes,
             self._hooks.get(layer) if layer else None,
-            Superposition(mixes[0].lam).to(device),
+            Superposition(mixes[0].lam, mixes[0]._number).to(device),
         )
         self.call_settles = layer is None
         for hook in self._target_hooks:
@@ -182,13 +185,17 @@ class Fit:
             return step.beside_clean(training_step, call, self.options.clean_weight, passes)
         if passes == 2:
             return step.twice(training_step, call)
-        states = random_states(()) if self.options.passes == "auto" else None
+        # Where the oracles have seen nothing that superposition cannot follow, a batch that it cannot follow after all
+        # runs again with the random numbers that come next.
+        proven = self.proof.enabled and self.proof.passes == 1 and not self.proof.reads
+        states = None if proven or self.options.passes != "auto" else random_states(())
         try:
             return step.once(training_step, call)
         except SuperpositionError as error:
-            if states is None or not self.module.automatic_optimization:
+            if self.options.passes != "auto" or not self.module.automatic_optimization:
                 raise
-            set_random_states(states)
+            if states is not None:
+                set_random_states(states)
             self.proof.run_twice(str(error).split(". ")[0])
             return step.twice(training_step, call)
 

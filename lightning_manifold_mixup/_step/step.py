@@ -213,7 +213,8 @@ class Step:
             batch = self.site.mixed(call.batch, self.mixes, self.mixes, "superposed", superposition)
             output = call.of(training_step, batch)
             self._check(output, hook, superposition, batch)
-            return plain(output)
+            output = plain(output)  # nobody holds the superposed one from here on, unless the step has kept it
+            return output
         finally:
             superposition.close()
 

@@ -43,6 +43,7 @@ class Superposition:
 
     Attributes:
         lam: weight of the original labelling; 0-d, or (n,) if each sample has a lam of its own.
+        number: lam, where the host knows it.
         swapped: whether the dominant labels are those of the partners; a bool tensor where only the device knows.
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
@@ -50,11 +51,12 @@ class Superposition:
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
     """
 
-    def __init__(self, lam: Tensor) -> None:
+    def __init__(self, lam: Tensor, number: float | None = None) -> None:
         self.lam = lam
+        self.number = number
         # The host knows lam without asking a device wherever it was drawn.
         on_host = lam.device.type == "cpu" and lam.ndim == 0
-        self.swapped: bool | Tensor = bool(lam < 0.5) if on_host else lam < 0.5
+        self.swapped: bool | Tensor = number < 0.5 if number is not None else bool(lam < 0.5) if on_host else lam < 0.5
         self.used = False
         self.holds_labels = False
         self.open = True
@@ -70,8 +72,11 @@ class Superposition:
                 self.swapped = self.swapped.pin_memory().to(device, non_blocking=True)
         return self
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[float, float]:
         """Of the dominant labelling and of the other."""
+        if self.number is not None and not torch.compiler.is_compiling():  # a graph must not hold one batch's lam
+            other = 1 - self.number
+            return (other, self.number) if self.swapped else (self.number, other)
         lam = self.lam.to(dtype)
         return self.ordered(lam, 1 - lam)
 
@@ -115,9 +120,11 @@ class Superposition:
             )
         dtype = torch.promote_types(first.dtype, torch.float32)
         one, other = self.weights(dtype)
-        if lam.ndim:
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and lam.ndim:
             shape = lam.shape + (1,) * (first.ndim - 1)
             one, other = one.reshape(shape), other.reshape(shape)
+        if dtype == first.dtype == second.dtype:
+            return one * first + other * second
         return (one * first.to(dtype) + other * second.to(dtype)).to(first.dtype)
 
     def close(self) -> None:
