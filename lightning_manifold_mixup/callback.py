@@ -306,7 +306,7 @@ class ManifoldMixupCallback(Callback):
 
     def _disarm(self) -> None:
         self.last_draw = None
-        if self._fit is not None:
+        if self._fit is not None and self._fit.step is not None:
             self._fit.disarm()
 
     def _restore(self) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -290,7 +290,7 @@ def draw_mix(
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
         generator = np.random.default_rng(int(seed))
-    a, b = alpha if isinstance(alpha, Sequence) else (alpha, alpha)
+    a, b = (alpha, alpha) if isinstance(alpha, (int, float)) else alpha
     weight = generator.beta(a, b) if a > 0 else 1.0
     number = np.float32(max(weight, 1 - weight) if dominant else weight)
     lam = torch.from_numpy(np.asarray(number))
@@ -304,6 +304,8 @@ def draw_mix(
 
 def check_alpha(alpha: Any) -> None:
     """Refuses an alpha for which there is no Beta(alpha, alpha), or Beta(a, b) for a pair (tuple, list, ListConfig)."""
+    if type(alpha) is float and 0 <= alpha < inf:  # as a rule, and asked of each batch
+        return
     pair = isinstance(alpha, Sequence) and not isinstance(alpha, str)
     numbers = list(alpha) if pair else [alpha]
     finite = all(isinstance(x, Real) and isfinite(x) for x in numbers)

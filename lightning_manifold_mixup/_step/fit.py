@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from lightning_manifold_mixup.mixing import Mix
 
 # Operations of the loss that tell whether it is built as before, from the loss backwards.
 _OPERATIONS = 16
+_is_training = attrgetter("training")
 
 
 @dataclass
@@ -165,7 +167,6 @@ class Fit:
         if self.call_settles:
             self._prove(list(self.plan.layers or ()), step, call)
             return training_step(*args, **kwargs)
-        step.site = self._site(step.site.layer, step.site.places)
         if not self._checked:
             self._prove(self.proof.due(list(self.plan.layers or ()), step.site.layer, self._mixed), step, call)
             self._mixed += 1
@@ -202,14 +203,14 @@ class Fit:
     def _signature(self, step: Step, output: Any) -> Any:
         """What tells that a training step is built as before: its batch, modes, calls and the end of its graph."""
         loss = loss_of(output)
-        names: list[str] = []
+        names: list[type] = []
         queue: list[Any] = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
         while queue and len(names) < _OPERATIONS:
             function = queue.pop(0)
-            names.append(function.name())
+            names.append(type(function))
             queue += [following for following, _ in function.next_functions if following is not None]
         calls = step.hook.calls if step.hook is not None else 0
-        modes = tuple([part.training for part in self._parts])
+        modes = tuple(map(_is_training, self._parts))
         return id(step.site.places), modes, calls, self._answers.asked > 0, tuple(names)
 
     # ---------------------------------------------------------------------------------------------- the first batch
@@ -262,6 +263,7 @@ class Fit:
             rank_zero_info(f"Manifold Mixup: the float target at {key!r} is treated as classes ({line}).")
         self._settled = _Settled(classes=frozenset(seen.classes))
         self._settle_layers(seen.report)
+        step.site = self._site(step.site.layer, places)
         return real
 
     def _settle_layers(self, report: LayerReport) -> None:

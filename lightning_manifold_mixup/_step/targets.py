@@ -134,13 +134,15 @@ class Superposition:
             self._reduced.open = False
         for reference in self._alive:
             if (tensor := reference()) is not None:
-                with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-                    shown = _shown(tensor).detach() if tensor._averaged else None  # type: ignore[attr-defined]
-                    tensor.__class__ = Tensor
-                    if shown is not None:
-                        tensor.data = shown
-                    for name in _Superposed.__annotations__:
-                        delattr(tensor, name)
+                shown = None
+                if tensor._averaged:  # type: ignore[attr-defined]
+                    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+                        shown = _shown(tensor).detach()
+                tensor.__class__ = Tensor
+                if shown is not None:
+                    tensor.data = shown
+                for name in _Superposed.__annotations__:
+                    delattr(tensor, name)
         self._alive.clear()
 
 
@@ -270,6 +272,8 @@ def plain(tree: Any) -> Any:
     if type(tree) is Tensor:
         return tree
     with torch._C.DisableTorchFunctionSubclass():
+        if isinstance(tree, Tensor):
+            return _shown(tree)
         return apply_to_collection(tree, _Superposed, _shown, allow_frozen=True)
 
 

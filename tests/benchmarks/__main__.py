@@ -15,14 +15,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import bench_layers, growth, imports, mix, overhead, step
+from . import bench_layers, growth, imports, mix, overhead, self_check, step
 from .measure import Measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "sections", nargs="*", metavar="section", help="mix, step, overhead, layers, growth, imports; all if none"
+        "sections",
+        nargs="*",
+        metavar="section",
+        help="mix, step, overhead, self_check, layers, growth, imports; all if none",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -38,6 +41,7 @@ def main() -> None:
         "mix": partial(mix.run, measure),
         "step": partial(step.run, measure, arguments.rounds),
         "overhead": partial(overhead.run, measure, arguments.rounds),
+        "self_check": partial(self_check.run, measure, arguments.rounds),
         "layers": partial(bench_layers.run, measure, arguments.rounds),
         "growth": partial(growth.run, measure, arguments.plot),
         "imports": partial(imports.run, measure),
