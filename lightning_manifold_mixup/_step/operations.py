@@ -186,6 +186,7 @@ def _plain_cross_entropy(args: Any, kwargs: Any) -> Any:
         or superposition.lam.ndim
         or kwargs.get("label_smoothing")
         or isinstance(kwargs.get("weight"), _Superposed)
+        or not (kwargs.get("size_average") is kwargs.get("reduce") is None)
         or torch.is_autocast_enabled(logits.device.type)
     ):
         return None
