@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix
+from lightning_manifold_mixup._step.fit import _reads_mode
 from lightning_manifold_mixup._step.randomness import Stream, generator
 from lightning_manifold_mixup._step.targets import plain
 
@@ -239,6 +240,43 @@ def test_the_short_way_through_cross_entropy(arguments: dict[str, Any], lam: flo
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+class Own(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(x)
+
+    def of(self, x: Tensor) -> Tensor:
+        return x if self.training else 2 * x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Own(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.LayerNorm(6),
+        nn.Dropout(),
+        nn.AlphaDropout(),
+        nn.RReLU(),
+        nn.BatchNorm1d(6),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+        nn.LSTM(6, 6, num_layers=2, dropout=0.5),
+        nn.MultiheadAttention(6, 2, dropout=0.5),
+        nn.TransformerEncoderLayer(6, 2, 8),
+    ],
+)
+def test_no_module_that_asks_for_its_mode_is_left_out_of_what_is_watched(layer: nn.Module) -> None:
+    x = torch.randn(4, 6)
+    outputs = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        output = layer.train(training)(*[x] * (3 if isinstance(layer, nn.MultiheadAttention) else 1))
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+    depends = not torch.equal(*outputs)
+    assert depends <= any(_reads_mode(type(part)) for part in layer.modules())
+    assert depends or not _reads_mode(type(layer))
 
 
 def large(counting: Counting, logits: Tensor) -> int:

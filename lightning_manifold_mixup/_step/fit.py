@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
@@ -99,7 +100,7 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers(lenient=False)
-        self._parts = list(module.modules())
+        self._parts = [part for part in module.modules() if _reads_mode(part.__class__)]
         self._stack = ExitStack()
         plain_metrics(module, self._stack)
         self._criteria = ExitStack()
@@ -318,6 +319,18 @@ def _cycle(n: int, generator: np.random.Generator, rows: Tensor | None) -> Any:
     partners = np.arange(n)
     partners[order] = np.roll(order, -1)
     return partners
+
+
+@cache
+def _reads_mode(kind: type) -> bool:
+    """Whether modules of a class may run otherwise in eval mode: all but those of PyTorch's that never ask.
+
+    A linear layer does not, and the flags of a large network lie far apart in memory.
+    """
+    if not kind.__module__.startswith("torch.nn."):
+        return True
+    functions = [function for cls in kind.__mro__ if cls is not nn.Module for function in vars(cls).values()]
+    return any("training" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in functions)
 
 
 def _announce_default(layers: Sequence[str]) -> None:
