@@ -19,7 +19,7 @@ from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
 from lightning_manifold_mixup._step.proof import Passes
-from lightning_manifold_mixup._step.randomness import generator, global_seed
+from lightning_manifold_mixup._step.randomness import global_seed
 from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighted_layers
 from lightning_manifold_mixup.mixing import Draw, check_alpha
 from lightning_manifold_mixup.partners import Partners
@@ -157,8 +157,7 @@ class ManifoldMixupCallback(Callback):
         if self._fit is None or alpha == 0 or not self.should_mix(trainer, batch_idx):
             return
         count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        shared = generator(self._plan.seed, count, stream=0)
-        own = generator(self._plan.seed, count, stream=1 + trainer.global_rank)
+        shared, own = (stream.at(count) for stream in self._fit.streams)
         if shared.random() >= self.probability:
             return
         places = self._keys.locate(batch, self.batch_dim)
@@ -309,7 +308,7 @@ class ManifoldMixupCallback(Callback):
 
     def _disarm(self) -> None:
         self._draw = None
-        if self._fit is not None:
+        if self._fit is not None and self._fit.step is not None:
             self._fit.disarm()
 
     def _restore(self) -> None:

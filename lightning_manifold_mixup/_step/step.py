@@ -115,9 +115,11 @@ class Site:
             if labels:
                 mix = labels[number]
                 for key in group.targets:
-                    classes = key in self.classes
-                    values[key] = apply_to_collection(
-                        self.places.of(batch, key), Tensor, self._label, mix, how, superposition, classes
+                    target, classes = self.places.of(batch, key), key in self.classes
+                    values[key] = (
+                        self._label(target, mix, how, superposition, classes)
+                        if isinstance(target, Tensor)
+                        else apply_to_collection(target, Tensor, self._label, mix, how, superposition, classes)
                     )
                 for key in group.masks:
                     values[key] = _mask(self.places.of(batch, key), mix.partners, permuted)
@@ -144,7 +146,10 @@ class Site:
             return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
         if how == "labels":
             return target
-        partners = target.index_select(dim, mix.partners.to(target.device, non_blocking=True))
+        indices = mix.partners
+        if indices.device != target.device:
+            indices = indices.to(target.device, non_blocking=True)
+        partners = target.index_select(dim, indices)
         if how == "partners":
             return partners
         assert superposition is not None
@@ -218,7 +223,8 @@ class Step:
             with input_mixed(self.site.layer == INPUT):
                 output = call.of(training_step, batch)
             self._check(output, hook, superposition, batch)
-            return plain(output)
+            output = plain(output)  # nobody holds the superposed one from here on, unless the step has kept it
+            return output
         finally:
             superposition.close()
 
