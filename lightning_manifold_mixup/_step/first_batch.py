@@ -69,7 +69,7 @@ def watch(
             for number, leaf in enumerate(batches.tensors(places.of(batch, key)))
         }
         use = LabelUse({name: leaf for name, (_, leaf) in targets.items()})
-        samples = sum(places.samples(batch, group) for group in range(len(places.groups)))
+        samples = [places.samples(batch, group) for group in range(len(places.groups))]
 
         def observed(batch: Any, labels: list[Tensor]) -> tuple[Any, LayerReport | None]:
             inputs = list(batches.without(batch, list(places.targets)))
