@@ -541,7 +541,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Set `target_key` to its index or name"):
             fit(Classifier(), ManifoldMixupCallback(), DataLoader([batch], batch_size=None))
         batch = (torch.zeros(2, 3), torch.zeros(2).long(), torch.ones(2, 3))
-        with pytest.raises(ValueError, match="Set `input_key=0` if the others do not enter the network"):
+        with pytest.raises(ValueError, match="Set `input_key` to its index or name"):
             fit(Classifier(), ManifoldMixupCallback(layers="input", target_key=1), DataLoader([batch], batch_size=None))
 
     def test_integer_input(self):

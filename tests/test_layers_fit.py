@@ -400,7 +400,8 @@ def test_scripted_part():
 
 
 def test_first_batch_of_one_sample():
-    assert fit(SequenceFirst(), one_then_more(), layers=["turned"])["checked"]
+    with pytest.warns(UserWarning, match="the batch has one sample, so there is no partner"):
+        assert list(fit(SequenceFirst(), one_then_more(), layers=["turned"])["layers"]) == ["turned"]
 
 
 def test_layer_without_batch_dimension_is_refused_with_its_neighbours():

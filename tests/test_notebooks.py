@@ -17,6 +17,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_warning_of_tqdm(monkeypatch):
+    """What transformers, where it is installed, says about a missing ipywidgets is no error of a notebook."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+
+
 def names():
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
@@ -67,6 +73,7 @@ def test_notebook_runs_as_it_is(name):
         "02": r"(?:none|manifold) +test error +[\d.]+ % +confidence above 0.95 on (\d+) %",
         "03": r"sum of the others +([\d.]+)",
         "04": r"(?:supervised +student|EMA teacher .* teacher) test error +([\d.]+)",
+        "05": r"(?:no mixup|Manifold Mixup) +rmse ([\d.]+)",
     }[name[:2]]
     without, with_mixup, *_ = map(float, re.findall(numbers, printed))
     assert with_mixup < without, printed

@@ -68,7 +68,7 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
         return (
             f"The loss also reads the input {_parts(float_inputs)} past this layer: as a target (a reconstruction), "
             "through a second network, or in an operation between functions. If it is a target, set "
-            f"`target_key={[*targets, *float_inputs]}`; otherwise mix at 'input' alone."
+            f"`target_key={[*targets, *float_inputs]}` and `input_key={float_inputs}`; otherwise mix at 'input' alone."
         )
     return (
         "No single part of the batch explains it: the order of the samples matters, as where they are sorted or paired "

@@ -17,7 +17,7 @@ from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.first_batch import watch
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, set_random_states
-from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
+from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
@@ -90,6 +90,7 @@ class Fit:
         self.call_settles = False
         self._settled: _Settled | None = None
         self._mixed = 0
+        self._plain_inputs = False
         self._checked = False  # in this batch
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
@@ -120,11 +121,14 @@ class Fit:
             places: where the inputs and the targets are in the batch.
         """
         self._stand_in.enter()
+        if places.shared and not self._plain_inputs:
+            self._plain_inputs = True
+            hand_plain_inputs(self.module, self._stack)
         self._checked = False
         device = mixes[0].partners.device
         self.step = Step(
             self.module,
-            self._site(layer or INPUT, places),
+            self._site(layer or "", places),
             mixes,
             self._hooks.get(layer) if layer else None,
             Superposition(mixes[0].lam).to(device),
@@ -169,7 +173,7 @@ class Fit:
         output = self._evaluated(training_step, step, call)
         if not self._checked and self.proof.is_new(step.site.layer, self._signature(step, output)):
             passes = self.proof.passes
-            self._prove([step.site.layer], step, call)
+            self._prove([step.site.layer], step, call, jointly=False)  # other ranks may have seen nothing new
             if self.proof.passes != passes:
                 output = self._evaluated(training_step, step, call)
         self._checked = True
@@ -207,15 +211,13 @@ class Fit:
 
     # ---------------------------------------------------------------------------------------------- the first batch
 
-    def _prove(self, layers: Sequence[str], step: Step, call: Call) -> None:
+    def _prove(self, layers: Sequence[str], step: Step, call: Call, jointly: bool = True) -> None:
         if not layers or not self.proof.enabled:
             return
         assert self._settled is not None
         self._checked = True
         places = step.site.places
         sizes = [places.samples(call.batch, group) for group in range(len(places.groups))]
-        if min(sizes) < 2:
-            return
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
         rows = places.rows_of(call.batch)
@@ -224,11 +226,11 @@ class Fit:
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
         )
-        trials = Trials(self.module, call)
+        trials = Trials(self.module, call) if min(sizes) > 1 else None
         sites = [self._site(layer, places) for layer in layers]
-        self.proof.check(trials, sites, permutations, draws, self._mixed)
+        self.proof.check(trials, sites, permutations, draws, self._mixed, jointly)
         self.plan.passes = self.proof.passes
-        if trials.superposed:
+        if trials is not None and trials.superposed:
             self._hook_criteria(sorted(trials.fired))
 
     def _settle(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -114,3 +116,28 @@ class TargetHook(MixingHook):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TargetHook:
         return TargetHook(self.batch_dim)
+
+
+def remember_original(mixed: Tensor, original: Tensor) -> Tensor:
+    """Lets :func:`hand_plain_inputs` find the plain tensor of an input that is a target, too."""
+    mixed._manifold_original = original  # type: ignore[attr-defined]
+    return mixed
+
+
+def hand_plain_inputs(module: nn.Module, stack: ExitStack) -> None:
+    """The modules of a network see the plain input, where the loss reads the mixed one as a target (reconstruction)."""
+
+    def plain_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return apply_to_collection(args, Tensor, _original), apply_to_collection(kwargs, Tensor, _original)
+
+    for part in module.modules():
+        if any(True for _ in part.parameters()):
+            stack.callback(part.register_forward_pre_hook(plain_inputs, with_kwargs=True).remove)
+
+
+def _original(tensor: Tensor) -> Tensor:
+    base = tensor if tensor._base is None else tensor._base
+    original: Tensor | None = getattr(base, "_manifold_original", None)
+    if original is None:
+        return tensor
+    return original if base is tensor else original.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())

@@ -1,15 +1,13 @@
-"""Where inputs, targets and masks are in a batch: as the user says, or found (`finding.py`).
+"""From what a user writes as keys to the places in a batch: checked, or found by itself (`finding.py`).
 
-Found once for batches that are built alike; what a training step asks afterwards costs a microsecond.
+The answer, `Places`, is kept for batches that are built alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_manifold_mixup._step import batch as batches
@@ -23,114 +21,13 @@ from lightning_manifold_mixup._step.finding import (
     why_no_labels,
 )
 from lightning_manifold_mixup._step.names import attention_masks, row_masks
+from lightning_manifold_mixup._step.places import Group as Group
+from lightning_manifold_mixup._step.places import Places as Places
 
 KeyOrKeys = Key | Sequence[Key] | None
 """What a user writes: an index, a name, a list or tuple of those (of OmegaConf too), or None to have it found."""
 
 _REMEMBERED = 32
-
-
-@dataclass(frozen=True)
-class Group:
-    """Samples that are mixed among each other; a batch of several loaders has one group for each.
-
-    Attributes:
-        inputs: Keys of the inputs.
-        targets: Keys of the targets.
-        masks: Keys of the attention masks.
-    """
-
-    inputs: tuple[Key, ...]
-    targets: tuple[Key, ...]
-    masks: tuple[Key, ...]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where everything is in batches that are built alike. Made by `Keys.locate`.
-
-    Attributes:
-        inputs: Keys of the inputs; empty if they were not found (`require_inputs` says why).
-        targets: Keys of the targets.
-        masks: Keys of the attention masks.
-        groups: The samples that are mixed among each other; usually one group.
-        target_dim: The dimension of the targets that counts the samples: 0, or `batch_dim` for time-major ones.
-        row_mask: Key of the (n,) bool mask that says which samples are trained on, if there is one.
-        input_problem: Why the inputs are not clear; None if they are.
-    """
-
-    inputs: tuple[Key, ...]
-    targets: tuple[Key, ...]
-    masks: tuple[Key, ...]
-    groups: tuple[Group, ...]
-    target_dim: int = 0
-    row_mask: Key | None = None
-    input_problem: str | None = None
-    _paths: Mapping[Key, tuple[Any, ...]] = field(default_factory=dict, repr=False)
-    _getters: Mapping[Key, Callable[[Any], Any]] = field(default_factory=dict, repr=False)
-
-    def require_inputs(self) -> list[Key]:
-        """Return the keys of the inputs, for mixing at the input.
-
-        Raises:
-            ValueError: If they were not found, or if other tensors may be inputs, too: mixing only some of them would
-                mix a part of the state.
-        """
-        if self.input_problem is not None:
-            raise ValueError(self.input_problem)
-        return list(self.inputs)
-
-    @property
-    def shared(self) -> list[Key]:
-        """Keys that are input and target at once: right at the input, impossible at hidden layers."""
-        paths = {self._paths[key] for key in self.inputs}
-        return [key for key in self.targets if self._paths[key] in paths]
-
-    def of(self, batch: Any, key: Key) -> Any:
-        """Return the part of a batch at one of the keys found."""
-        return self._getters[key](batch)
-
-    def targets_of(self, batch: Any) -> list[Any]:
-        """Return the targets of a batch, in the order of their keys."""
-        return [self._getters[key](batch) for key in self.targets]
-
-    def inputs_of(self, batch: Any) -> list[Any]:
-        """Return the inputs of a batch, in the order of their keys."""
-        return [self._getters[key](batch) for key in self.inputs]
-
-    def masks_of(self, batch: Any) -> list[Any]:
-        """Return the attention masks of a batch, in the order of their keys."""
-        return [self._getters[key](batch) for key in self.masks]
-
-    def sample_of(self, batch: Any, group: int = 0) -> Tensor:
-        """Return a target tensor of a group, from which the number of samples and the device are known."""
-        value = self._getters[self.groups[group].targets[0]](batch)
-        return value if isinstance(value, Tensor) else next(batches.tensors(value))
-
-    def samples(self, batch: Any, group: int = 0) -> int:
-        """Return the number of samples of a group."""
-        sample = self.sample_of(batch, group)
-        return sample.shape[self.target_dim if sample.ndim > self.target_dim else 0]
-
-    def rows_of(self, batch: Any) -> Tensor | None:
-        """Return which samples are trained on, (n,) bool; None if all are, as far as the batch says.
-
-        A mask of its own says so for the nodes of a graph (`train_mask`); in the batches of torch_geometric's
-        NeighborLoader, the first `batch_size` nodes are. Partners are drawn among these alone: so no label of another
-        node gets into the loss.
-        """
-        if self.row_mask is not None:
-            mask: Tensor = self._getters[self.row_mask](batch)
-            return mask
-        seeds = getattr(batch, "batch_size", None) if hasattr(batch, "n_id") else None
-        if not isinstance(seeds, int) or seeds >= self.samples(batch):
-            return None
-        sample = self.sample_of(batch)
-        return torch.arange(len(sample), device=sample.device) < seeds
-
-    def replace(self, batch: Any, values: Mapping[Key, Any]) -> Any:
-        """Return a batch of the same type with other values at some of the keys found; the batch itself stays."""
-        return batches.substituted(batch, {self._paths[key]: value for key, value in values.items()})
 
 
 class Keys:
@@ -146,6 +43,7 @@ class Keys:
         TypeError: For anything else.
 
     Example:
+        >>> import torch
         >>> x, y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
         >>> places = Keys().locate({"image": x, "label": y})
         >>> places.inputs, places.targets, places.samples({"image": x, "label": y})

@@ -23,10 +23,10 @@ ATTENTION_MASKS = ("attention_mask", "attn_mask", "input_mask")
 
 _MASK = re.compile(r"(^|.*_)masks?$|^mask_.*|.*(train|val|test|pad|padding)mask$")
 _LABEL_IDS = re.compile(r"^(labels?|targets?)_(ids?|idx|index)$")
-# Beside masks: sizes, identities, positions, weights, and the bookkeeping of graph batches.
+# Beside masks: lengths, identities, indices, weights, and the bookkeeping of graph batches.
 _NO_LABEL = re.compile(
-    r"(^|.*_)(len|lens|length|lengths|size|sizes|num|count|id|ids|idx|idxs|index|indexes|indices|uid|uuid|key|keys|"
-    r"weight|weights|pos|position|positions|ptr|batch|path|file|filename|n_id|e_id)$|^(num|n|pos|position|edge|adj)_.*"
+    r"(^|.*_)(len|lens|length|lengths|id|ids|idx|idxs|index|indexes|indices|uid|uuid|weight|weights|pos|ptr|batch|path|"
+    r"file|filename)$|^(num|n|edge|adj)_.*"
 )
 
 

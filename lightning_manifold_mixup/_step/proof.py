@@ -38,7 +38,8 @@ class Proof:
         self._wanted = passes
         self.passes = 2 if passes == 2 else decided
         self.reads = 0
-        self._open: dict[str, int] = {}  # layers without a verdict, with how often they have been tried
+        self._open: set[str] = set()  # layers on which some rank has no verdict yet
+        self._verdicts: dict[str, Verdict] = {}  # of this rank, in the check that is running
         self._next = 10
         self._retry_at = 0
         self._seen: dict[str, set[Any]] = {}
@@ -74,30 +75,56 @@ class Proof:
         self._rechecks += 1
         return True
 
-    def check(self, trials: Trials, sites: Sequence[Site], permutations: Mixes, draws: Mixes, mixed: int) -> None:
+    def check(
+        self,
+        trials: Trials | None,
+        sites: Sequence[Site],
+        permutations: Mixes,
+        draws: Mixes,
+        mixed: int,
+        jointly: bool = True,
+    ) -> None:
         """Asks both oracles about a batch.
 
         Args:
-            trials: the step on that batch.
+            trials: the step on that batch; None if it has one sample, which tells nothing.
             sites: the layers.
             permutations: for the swap oracle, with lam 0.
             draws: for the pair oracle.
             mixed: how many batches have been mixed before.
+            jointly: whether all ranks are here, with the same layers. They decide together then, and always ask each
+                other the same questions, whatever their own batches have shown: a rank that did not would leave the
+                others waiting.
 
         Raises:
             MixingError: if something else than layer k and the targets reaches the loss; no weight has changed.
         """
-        failure = None
-        try:
-            failure = self._swaps(trials, sites, permutations)
-            if failure is None and self._wanted != 2:
-                failure = self._pairs(trials, sites, draws)
-        except NoGhostError as error:
-            self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
-            self.enabled = False
-        if not self._on_all_ranks(failure is None):
+        failure = reason = None
+        self._verdicts = {site.layer: Verdict.NO_POWER for site in sites if trials is None}
+        if trials is not None:
+            try:
+                failure = self._swaps(trials, sites, permutations)
+                if failure is None and self._wanted != 2:
+                    reason = self._pairs(trials, sites, draws)
+            except NoGhostError as error:
+                self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
+                self.enabled = False
+        together = self._on_all_ranks if jointly else bool
+        once = together(reason is None)
+        if not once and failure is None:
+            failure = self._decide_for_two(reason or "so it is on another rank")
+        if not together(failure is None):
             raise MixingError(failure or "The self-check has failed on another rank; see its message.")
-        self._retry_at = 2 * mixed + 1
+        if jointly:
+            self.enabled = together(self.enabled)
+            for layer in [site.layer for site in sites]:
+                if together(self._verdicts.get(layer) is not Verdict.NO_POWER):
+                    self._open.discard(layer)
+                else:
+                    self._open.add(layer)
+            self._retry_at = 2 * mixed + 1
+        if once and trials is not None and self._wanted != 2:
+            self.passes = self.passes or 1
 
     def run_twice(self, reason: str) -> None:
         """From now on the training step runs once for each labelling."""
@@ -119,7 +146,7 @@ class Proof:
         for site in sites:
             wrong = wrong or trials.run(site, states=permutations, train=train)
             finding = swap(trials, site, permutations, plain_run, wrong, train)
-            self._note(site.layer, finding.verdict)
+            self._verdicts[site.layer] = finding.verdict
             if finding.verdict is Verdict.UNDECIDED:
                 self._say(f"the swap oracle has no verdict ({finding.reason})")
             elif finding.verdict is Verdict.FAILED:
@@ -132,7 +159,7 @@ class Proof:
         return None
 
     def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> str | None:
-        reason = None
+        """Why labels in superposition are not exact; None if they are."""
         for site in sites:
             try:
                 finding, reads = pair(trials, site, draws)
@@ -142,16 +169,14 @@ class Proof:
                 self._say(f"the pair oracle has no verdict ({type(error).__name__}: {error})")
                 break
             self.reads = max(self.reads, reads)
-            self._note(site.layer, finding.verdict)
+            self._verdicts[site.layer] = finding.verdict
             if finding.verdict is Verdict.FAILED:
-                reason = finding.reason
-                break
-        twice = not self._on_all_ranks(reason is None)
-        if not twice:
-            self.passes = self.passes or 1
-            return None
-        reason = reason or "so it is on another rank"
-        if self._wanted == 1 or not trials.module.automatic_optimization:
+                return finding.reason
+        return None
+
+    def _decide_for_two(self, reason: str) -> str | None:
+        """Goes over to two passes; if that is not possible, returns why."""
+        if self._wanted == 1 or not self._trainer.lightning_module.automatic_optimization:
             how = "`passes=1`" if self._wanted == 1 else "manual optimization"
             return (
                 f"Manifold Mixup cannot follow this training step with labels in superposition: {reason}. Under {how} "
@@ -160,12 +185,6 @@ class Proof:
             )
         self.run_twice(reason)
         return None
-
-    def _note(self, layer: str, verdict: Verdict) -> None:
-        if verdict is Verdict.NO_POWER:
-            self._open[layer] = self._open.get(layer, 0) + 1
-        else:
-            self._open.pop(layer, None)
 
     def _on_all_ranks(self, decision: bool) -> bool:
         return bool(self._trainer.strategy.reduce_boolean_decision(decision, all=True))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import plain_metrics
 from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
-from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
+from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
 from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
@@ -77,6 +77,8 @@ class Site:
         hook.in_eval = in_eval
         hook.arm(mixes)
         if self.layer != INPUT:
+            if self.places.shared:
+                hand_plain_inputs(module, stack)
             named = named_layers(module)
             stack.callback(named[self.layer].register_forward_hook(hook).remove)
             for name in self.target_modules:
@@ -137,7 +139,8 @@ class Site:
                 "or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
             )
         if target.is_floating_point() and not classes:
-            return mix(target, dim)
+            mixed = mix(target, dim)
+            return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
         if how == "labels":
             return target
         partners = target.index_select(dim, mix.partners.to(target.device, non_blocking=True))

@@ -70,7 +70,7 @@ class Verdict(Enum):
     NO_BATCH = "no batch dimension"
     OTHER_ROWS = "rows are not samples"
     CALLED_ON_OTHERS = "called on other rows, too"
-    NOT_OF_INPUT = "returns weights beside the state"
+    NOT_OF_INPUT = "returns more than the state"
     ROWS_EXCHANGED = "rows are exchanged after it"
     UNCLEAR_BATCH = "unclear batch dimension: set batch_dim"
     LOOKED_UP = "integer inputs go around it"

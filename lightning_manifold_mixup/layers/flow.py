@@ -62,16 +62,16 @@ class Flow(TorchFunctionMode):
         self.losses: set[int] = set()
         # Content, by the identity of the tensor, with the version its memory had when the node was made.
         self._nodes: Any = WeakIdKeyDictionary()
-        # The same by grad_fn, to find what went into kernels that are no torch functions (CUDA extensions, Triton).
+        # The same by grad_fn: it finds what went into kernels that are not torch functions (CUDA extensions, Triton).
         self._behind_grad: dict[Any, tuple[tuple[int, ...], bool]] = {}
-        # By memory: the last content written, parameters (with their number of dimensions), what comes from the
-        # targets, and what comes from the input without being content (with the content that it was made from).
+        # By memory: the content that was written last, parameters (with their number of dimensions), what comes from
+        # the targets, and what steers: it comes from the input and is not content (with the content it was made from).
         self._latest: dict[int, int] = {}
         self._parameters: dict[int, int] = {}
         self._targets: set[int] = set()
         self._steering: dict[int, tuple[int, ...]] = {}
         self._state: set[int] = set()
-        # A weak reference keeps the address of a storage from being used again, and not its memory alive.
+        # A weak reference: no other storage gets the address of one that is gone, and the memory is still freed.
         self._storages: dict[int, StorageWeakRef] = {}
         self._without_storage: Any = WeakIdKeyDictionary()
         self._counter = count(-1, -1)
@@ -114,10 +114,10 @@ class Flow(TorchFunctionMode):
         if not tensor.requires_grad:
             alias = tensor.detach()
         elif torch.is_grad_enabled():
-            # A view, which autograd follows through operations in place, where a copy would double the memory.
+            # A view: autograd follows it through operations in place, and it takes no memory, as a copy would.
             alias = torch.ops.aten.alias.default(tensor)
         else:
-            return None  # the alias of a tensor that requires a gradient would not, and it may be used later
+            return None  # under no_grad an alias would require no gradient, but the tensor may need one later
         mark = self._new((node,), weighted=False)
         self._enter(alias, mark)
         return alias, mark

@@ -1,7 +1,7 @@
 """Observing one real forward pass: hooks around every layer, the record of what flows between them, and no trace after.
 
 Whether a layer is eligible is a property of the graph that a forward pass computes. It is read from a pass that happens
-anyway (the first training batch), or from one that `eligible_layers` runs for the purpose and takes back.
+anyway (the first training batch), or from one that `eligible_layers` runs and takes back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.batch import tensors
-from lightning_manifold_mixup._step.ghost import NoGhostError, ghost_of, isolated
+from lightning_manifold_mixup._step.ghost import ghost_of, isolated
 from lightning_manifold_mixup._step.hooks import is_training_forward
 from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, Rows, analyse
@@ -74,13 +74,13 @@ class Observation:
         """Return the hooks for before and after a module that bears `names`."""
 
         def before(module: nn.Module, args: Any) -> None:
-            # Here rather than once: sharded parameters (FSDP) are other tensors while the module runs.
+            # Before each call, because sharded parameters (FSDP) are other tensors while the module runs.
             with torch._C.DisableTorchFunction():
                 self._flow.add_state(module._parameters.values(), module._buffers.values())
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:
-                return None  # a checkpoint recomputing in backward: no new forward pass
+                return None  # a checkpoint is recomputed in backward, which is no new forward pass
             with torch._C.DisableTorchFunction():
                 leaves, structure = tree_flatten(output)
                 marks, shapes, from_input, transformed = [], [], [], False
@@ -93,7 +93,7 @@ class Observation:
                         if marked is not None:
                             leaves[index], node = marked
                             marks.append(Mark(node, tuple(leaf.shape)))
-                # A network that is in eval mode as a whole is only looked at, and will be trained later.
+                # A network that is in eval mode as a whole will be trained later; its mode says nothing about layers.
                 training = module.training or not self._root.training
                 found = tuple(marks), tuple(shapes), tuple(from_input)
                 call = Call(self._order, *found, is_training_forward(), training, transformed)
@@ -169,12 +169,12 @@ def eligible_layers(
 ) -> LayerReport:
     """Find the layers of a network at which its whole state can be mixed.
 
-    Runs one forward pass in the mode the model is in, on a copy that shares its parameters: buffers (statistics of
-    batch normalisation), counters and the states of the random generators are as before afterwards.
+    Runs one forward pass in the mode the model is in, and takes back what it changed: buffers (statistics of batch
+    normalisation), and the states of the random generators.
 
     Args:
-        model: The network. A LightningModule without `forward` runs its `training_step` instead; it logs nowhere, and
-            no optimizer steps.
+        model: The network. A LightningModule without `forward` runs its `training_step` instead, on a copy that shares
+            the parameters, logs nowhere and steps no optimizer.
         *inputs: What to call it with: an example batch of at least two samples. A mapping (the batch of a tokenizer) is
             handed to a network that takes its entries by name. For a `training_step`, a whole batch.
         batch_size: The number of samples. By default the first size of the first input; of a batch for a
@@ -188,6 +188,7 @@ def eligible_layers(
 
     Raises:
         ValueError: If a `training_step` has to run, and the target of the batch is not clear.
+        NoGhostError: If it has to, and the module cannot be copied.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -199,17 +200,19 @@ def eligible_layers(
         >>> print(report.refusal("4"))
         '4' gives the final output: no weights follow it. Valid before it: '3'.
     """
-    with _copied(model) as copied, torch.enable_grad():
+    with isolated(model), torch.enable_grad():
         if not has_forward(model):
-            return _of_training_step(copied, inputs[0], batch_size, batch_dim)
+            return _of_training_step(ghost_of(model), inputs[0], batch_size, batch_dim)
         if batch_size is None and len(inputs) == 1:
             batch_size = getattr(inputs[0], "num_graphs", None)  # of torch_geometric, whose rows are nodes
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
             named = _arguments(model, inputs[0])
             inputs, kwargs = ((), {**named, **kwargs}) if named else (inputs, kwargs)
-        with observe(copied, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
-            outputs = copied(*inputs, **kwargs)
-        return seen.report(outputs)
+        # On the module itself, for its forward may be a function that knows no copy.
+        with _same_buffers(model):
+            with observe(model, (inputs, kwargs), batch_size=batch_size, batch_dim=batch_dim) as seen:
+                outputs = model(*inputs, **kwargs)
+            return seen.report(outputs)
 
 
 def has_forward(model: nn.Module) -> bool:
@@ -238,20 +241,12 @@ def _arguments(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _copied(model: nn.Module) -> Iterator[nn.Module]:
-    """Give a copy that shares the parameters; the model itself, with its buffers restored, if it cannot be copied."""
-    with isolated(model):
-        try:
-            copied = ghost_of(model)
-        except NoGhostError:
-            copied = None
-        if copied is not None:
-            yield copied
-            return
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        try:
-            yield model
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo changes to buffers."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
