@@ -21,7 +21,7 @@ from lightning_manifold_mixup._step.logging import forget, hyperparameters, valu
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup._step.randomness import global_seed
 from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighted_layers
-from lightning_manifold_mixup.mixing import Draw, check_alpha
+from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
 from lightning_manifold_mixup.partners import Partners
 
 
@@ -146,6 +146,14 @@ class ManifoldMixupCallback(Callback):
         """
         return context.draw()
 
+    def draw_group(self, context: DrawContext, first: Draw) -> Mix:
+        """Draws for a further group of samples: those of another data loader in the same batch.
+
+        The layer k is that of ``first``, the draw for the first group. By default so is lam: labels of all groups are
+        in one superposition. A group whose targets are mixed as values may have a lam of its own.
+        """
+        return Mix(first.mix.lam, context.draw_mix().partners)
+
     # -------------------------------------------------------------------------------------------- the life of a batch
 
     @override
@@ -186,7 +194,7 @@ class ManifoldMixupCallback(Callback):
         else:
             self._announce(places)
             self._draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
-            others = [type(draw.mix)(draw.mix.lam, context.draw_mix().partners) for context in contexts[1:]]
+            others = [self.draw_group(context, draw) for context in contexts[1:]]
             self._fit.arm(draw.layer, tuple(mix.to(device) for mix in (draw.mix, *others)), places)
 
     @override

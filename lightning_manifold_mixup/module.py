@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetric
 from torchmetrics.classification import MulticlassCalibrationError
-from typing_extensions import override
+from typing_extensions import TypedDict, override
 
-from lightning_manifold_mixup._step.drawing import AlphaSchedule
+from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule
+from lightning_manifold_mixup._step.keys import KeyOrKeys
+from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.losses import LossName, SoftLabelLossMixin
+from lightning_manifold_mixup.partners import Partners
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 Batch = tuple[Tensor, Tensor]
+
+# Those that came with a module: a Trainer keeps them when it goes on to another module.
+_BROUGHT: WeakSet[ManifoldMixupCallback] = WeakSet()
+# load_from_checkpoint reads no other classes than torch's own and those that are known to be harmless.
+torch.serialization.add_safe_globals([AlphaSchedule])
+
+
+class MixupOptions(TypedDict, total=False):
+    """What :class:`ManifoldMixupCallback` takes beside ``alpha`` and ``layers``; it says what each is."""
+
+    probability: float
+    input_key: KeyOrKeys
+    target_key: KeyOrKeys
+    mask_key: KeyOrKeys
+    target_modules: Sequence[str]
+    partners: Partners | None
+    dominant: bool
+    clean_weight: float
+    batch_dim: int | None
+    self_check: bool
+    passes: Passes
+    seed: int | None
+    log_mixing: bool
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -30,30 +60,46 @@ def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
 class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
     """Trains a classifier with Manifold Mixup, and evaluates it on plain data.
 
-    Use it as it is, or subclass it. Batches are pairs of inputs and (n,) class indices.
+    Use it as it is, or subclass it. Batches are pairs of inputs and (n,) class indices. It brings a
+    :class:`ManifoldMixupCallback` along, made of ``alpha``, ``layers`` and ``mixup``. To use one of your own (with
+    another ``draw``, for instance), give it to the Trainer and set ``alpha=0`` here.
+
+    ``load_from_checkpoint(path, model=network)`` takes all arguments from the checkpoint but ``model``, ``optimizer``
+    and ``lr_scheduler``: these hold code, which a checkpoint does not. Hand the last two as well to go on training.
 
     Args:
         model: maps inputs to (n, num_classes) logits.
         num_classes: number of classes.
         alpha: see :class:`ManifoldMixupCallback`; 0 is the baseline without mixup, by the same code.
         layers: see :class:`ManifoldMixupCallback`. Names start with ``"model."``.
+        mixup: the callback's other arguments, by name (``{"log_mixing": True}``).
         loss: ``"cross_entropy"``, or ``"bce"``: binary cross entropy of the softmax, as in the paper's public code.
         optimizer: makes the optimizer from the parameters; SGD as in the paper by default.
         lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
         lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
 
+    Attributes:
+        mixup: the callback. ``module.mixup.last_draw`` is the draw of the batch in progress.
+
+    Raises:
+        ValueError: for a wrong argument, at construction.
+        MisconfigurationException: when a Trainer has a callback of its own beside this one.
+
     Example:
-        >>> module = ManifoldMixupModule(model=nn.Linear(4, 3), num_classes=3, alpha=2.0)
+        >>> module = ManifoldMixupModule(nn.Linear(4, 3), num_classes=3, alpha=2.0, mixup={"log_mixing": True})
         >>> module(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
+        >>> module.mixup
+        Manifold Mixup: alpha 2.0, S = auto, not yet chosen
     """
 
     def __init__(
         self,
         model: nn.Module,
         num_classes: int,
-        alpha: float | AlphaSchedule = 2.0,
-        layers: str | list[str] = "auto",
+        alpha: Alpha | AlphaSchedule = 2.0,
+        layers: str | list[str] | dict[str, float] = "auto",
+        mixup: MixupOptions | None = None,
         loss: LossName = "cross_entropy",
         optimizer: OptimizerCallable = _default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -62,9 +108,17 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
         super().__init__()
         if loss not in ("cross_entropy", "bce"):
             raise ValueError(f"Expected loss to be 'cross_entropy' or 'bce', got {loss!r}.")
+        saved = {
+            "num_classes": num_classes,
+            "alpha": alpha,
+            "layers": layers,
+            "mixup": mixup,
+            "loss": loss,
+            "lr_interval": lr_interval,
+        }
+        self._save(saved)
         self.model = model
-        self.alpha = alpha
-        self.layers = layers
+        self.mixup = ManifoldMixupCallback(alpha=alpha, layers=layers, **check_options(mixup))
         self.soft_label_loss_name = loss
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -80,12 +134,32 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
         self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
         self.best_error = MinMetric()
 
+    def _save(self, hyperparameters: dict[str, Any], without: Sequence[str] = ()) -> None:
+        """For load_from_checkpoint."""
+        # Lightning would compare them with the arguments of a subclass, which may be arrays.
+        known = {*hyperparameters, *self.hparams}
+        others = [name for name in inspect.signature(type(self)).parameters if name not in known]
+        self.save_hyperparameters(hyperparameters, ignore=[*others, *without])
+
+    _choice = (
+        "Take the Trainer's out, and give its settings to the module (`alpha`, `layers`, `mixup`); or set `alpha=0` in "
+        "the module, which leaves the mixing to the Trainer's."
+    )
+
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        present = any(isinstance(c, ManifoldMixupCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if self.alpha == 0 or present:
+        trainer: Any = self.trainer
+        trainer.callbacks = [c for c in trainer.callbacks if c not in _BROUGHT or c is self.mixup]
+        present = [c for c in trainer.callbacks if isinstance(c, ManifoldMixupCallback)]
+        if self.mixup.alpha == 0 or self.mixup in present:
             return []
-        return [ManifoldMixupCallback(alpha=self.alpha, layers=self.layers)]
+        if present:
+            raise MisconfigurationException(
+                f"Expected one ManifoldMixupCallback, got that of {type(self).__name__} ({self.mixup}) and one in the "
+                f"Trainer ({present[0]}). {self._choice}"
+            )
+        _BROUGHT.add(self.mixup)
+        return [self.mixup]
 
     @override
     def configure_optimizers(self) -> Any:
@@ -151,6 +225,25 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
         nll.reset()
         self.log_dict(values, prog_bar=stage == "val")
         return values
+
+
+def check_options(options: MixupOptions | None, own: Sequence[str] = ("alpha", "layers")) -> dict[str, Any]:
+    """The callback's further arguments.
+
+    Args:
+        options: by name.
+        own: names of arguments that are the module's own to give.
+
+    Raises:
+        ValueError: for one of those, and for a name that the callback does not know.
+    """
+    known = [name for name in MixupOptions.__annotations__ if name not in own]
+    for name in options or {}:
+        if name in own:
+            raise ValueError(f"Expected no {name!r} in `mixup`: the module itself gives it to the callback.")
+        if name not in known:
+            raise ValueError(f"Expected options of the callback in `mixup` ({', '.join(known)}), got {name!r}.")
+    return dict(options or {})
 
 
 def _error_of(name: str, value: Tensor) -> Tensor:

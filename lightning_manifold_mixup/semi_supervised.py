@@ -25,31 +25,34 @@ its parameters are averages of the student's, its buffers are not.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.batch import describe
-from lightning_manifold_mixup._step.compiled import compiled_parts
-from lightning_manifold_mixup._step.randomness import generator, global_seed
-from lightning_manifold_mixup._step.targets import plain
+from lightning_manifold_mixup._step.drawing import DrawContext
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
-from lightning_manifold_mixup.layers import INPUT, eligible_layers, named_layers, resolve_layers
 from lightning_manifold_mixup.losses import LossName
-from lightning_manifold_mixup.mixing import Mix, check_alpha, draw_mix, mixing
-from lightning_manifold_mixup.module import Batch, ManifoldMixupModule, _default_optimizer
+from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
+from lightning_manifold_mixup.module import (
+    Batch,
+    ManifoldMixupModule,
+    MixupOptions,
+    _default_optimizer,
+    check_options,
+)
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -118,14 +121,51 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
     average(list(teacher.parameters()), list(student.parameters()), None)
 
 
+class PartsCallback(ManifoldMixupCallback):
+    """Mixes the labelled and the unlabelled part of a batch, each with a lam of its own, both at one layer k.
+
+    The loss is a sum of one term for each part, so its mean over k is that of two layers drawn apart.
+
+    Args:
+        alpha_labelled: of Beta(alpha, alpha) for the labelled part.
+        alpha_unlabelled: the same for the unlabelled part; None if it is not used.
+        layers: see :class:`~lightning_manifold_mixup.ManifoldMixupCallback`.
+        **options: likewise.
+    """
+
+    def __init__(
+        self, alpha_labelled: float, alpha_unlabelled: float | None, layers: Any = "auto", **options: Any
+    ) -> None:
+        parts = ["labelled"] if alpha_unlabelled is None else ["labelled", "unlabelled"]
+        super().__init__(
+            alpha=alpha_labelled or alpha_unlabelled or 0.0,  # 0 would switch off both
+            layers=layers,
+            input_key=[f"{part}.input" for part in parts],
+            target_key=[f"{part}.target" for part in parts],
+            **options,
+        )
+        self.alphas = alpha_labelled, alpha_unlabelled or 0.0
+
+    @override
+    def draw(self, context: DrawContext) -> Draw:
+        return self._of_part(context, 0).draw()
+
+    @override
+    def draw_group(self, context: DrawContext, first: Draw) -> Mix:
+        return self._of_part(context, 1).draw_mix()
+
+    def _of_part(self, context: DrawContext, part: int) -> DrawContext:
+        targets = context.targets[part] if isinstance(context.targets, list) else context.targets
+        return replace(context, alpha=self.alphas[part], targets=targets)
+
+
 class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     """Trains a classifier from few labels and many unlabelled samples; see the module's docstring for the method.
 
     Training batches are ``{"labelled": (x, y), "unlabelled": (x, ...)}``, as
-    :class:`~lightning_manifold_mixup.paper.data.SemiSupervisedDataModule` makes them. It draws and mixes by itself,
-    without the callback: k, lam and permutation for the labelled and again for the unlabelled part, as functions of
-    seed, rank and number of the batch alone; k is equal on all ranks. For the labelled part they are the draws of the
-    callback.
+    :class:`~lightning_manifold_mixup.paper.data.SemiSupervisedDataModule` makes them. When a batch arrives, the teacher
+    predicts its unlabelled part (``on_after_batch_transfer``); these predictions are a target like the labels, and the
+    callback that comes with the module mixes and checks both.
 
     Evaluation logs ``val/error``, ``val/nll``, ... of the student, and ``val/teacher_error``, ... of an EMA teacher,
     which is what ICT reports; likewise for test. ``module(x)`` and predict are the student, ``module.teacher(x)`` is
@@ -145,9 +185,9 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         alpha_labelled: parameter of Beta(alpha, alpha) for labelled batches.
         alpha_unlabelled: the same for unlabelled batches. ICLR 2019 has 0.1 and 2; ICT has 1 and 1 (SVHN: 0.1 and 0.1).
         ema_decay: of an EMA teacher, in the long run; see :func:`update_teacher`.
-        layers: see :class:`ManifoldMixupModule`; ``"auto"`` asks ``eligible_layers`` about the first labelled batch.
+        layers: see :class:`ManifoldMixupModule`.
+        mixup: see :class:`ManifoldMixupModule`; without the keys of the batch, which are known.
         loss: of labelled batches; see :class:`ManifoldMixupModule`.
-        seed: of the draws; None follows ``seed_everything``.
         optimizer: see :class:`ManifoldMixupModule`.
         lr_scheduler: likewise.
         lr_interval: likewise.
@@ -173,14 +213,14 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         alpha_labelled: float = 1.0,
         alpha_unlabelled: float = 1.0,
         ema_decay: float = 0.999,
-        layers: str | list[str] = "auto",
+        layers: str | list[str] | dict[str, float] = "auto",
+        mixup: MixupOptions | None = None,
         loss: LossName = "cross_entropy",
-        seed: int | None = None,
         optimizer: OptimizerCallable = _default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        super().__init__(model, num_classes, alpha_labelled, layers, loss, optimizer, lr_scheduler, lr_interval)
+        super().__init__(model, num_classes, 0.0, layers, None, loss, optimizer, lr_scheduler, lr_interval)
         if teacher not in _PUBLISHED:
             raise ValueError(f"Expected teacher to be 'self' or 'ema', got {teacher!r}.")
         published_w_max, published_ramp = _PUBLISHED[teacher]
@@ -193,57 +233,60 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
                 raise ValueError(f"Expected {name} in [0, 1], got {share}.")
         check_alpha(alpha_labelled)
         check_alpha(alpha_unlabelled)
+        options = check_options(mixup, own=("alpha", "layers", "input_key", "target_key"))
+        self.mixup = PartsCallback(alpha_labelled, alpha_unlabelled if self.w_max else None, layers, **options)
         self.alpha_labelled = alpha_labelled
         self.alpha_unlabelled = alpha_unlabelled
         self.ema_decay = ema_decay
-        self.seed = seed
+        saved = {
+            "teacher": teacher,
+            "w_max": self.w_max,
+            "ramp": self.ramp,
+            "alpha_labelled": alpha_labelled,
+            "alpha_unlabelled": alpha_unlabelled,
+            "ema_decay": ema_decay,
+            "mixup": mixup,
+        }
+        self._save(saved, without=["alpha"])
         self.teacher = deepcopy(model).requires_grad_(False) if teacher == "ema" and self.w_max else None
         if self.teacher is not None:
             self.val_teacher_metrics = self.val_metrics.clone(prefix="val/teacher_")
             self.test_teacher_metrics = self.test_metrics.clone(prefix="test/teacher_")
             self.val_teacher_nll, self.test_teacher_nll = MeanMetric(), MeanMetric()
-        self._drawing_seed = seed
-        self._eligible: list[nn.Module | None] = []  # S, settled on the first batch; None is the input
         self._ramp_steps = 0.0
 
     # --------------------------------------------------------------------------------------------------------- one step
 
     @override
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch that :meth:`training_step` is handed, with the teacher's predictions."""
+        if not self.trainer.training:
+            return batch
         x, y, u = self._parts(batch)
-        if not self._eligible:
-            self._settle_layers(x)
-        shared, own = self._generators()
-
-        logits, mix = self._mixed_forward(x, self.alpha_labelled, shared, own)
-        target = mix.target(y)
-        loss: Tensor = plain(self.soft_label_loss(logits, target))
-        values = {"train/labelled_loss": loss.detach()}
+        parts = {"labelled": {"input": x, "target": y}}
         if u is not None:
-            with torch.no_grad():
-                predictions = _wide(self(u) if self.teacher is None else self.teacher(u))
-            mixed_logits, mix = self._mixed_forward(u, self.alpha_unlabelled, shared, own)
-            consistency = consistency_loss(mixed_logits, mix(predictions), softmax=self.teacher is not None)
+            teacher = self if self.teacher is None else self.teacher
+            with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+                parts["unlabelled"] = {"input": u, "target": _wide(teacher(u))}
+        return parts
+
+    @override
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+        x, y = batch["labelled"].values()
+        logits = self(x)
+        loss = self.soft_label_loss(logits, y)
+        values = {"train/labelled_loss": loss.detach()}
+        if "unlabelled" in batch:
+            u, predictions = batch["unlabelled"].values()
+            consistency = consistency_loss(self(u), predictions, softmax=self.teacher is not None)
             weight = consistency_weight(self.trainer.global_step, self._ramp_steps, self.w_max)
             loss = loss + weight * consistency
             values |= {"train/consistency_loss": consistency.detach(), "train/consistency_weight": torch.tensor(weight)}
-
         self.log_dict(values, batch_size=len(x))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
-        accuracy = self.soft_label_accuracy(logits, target)
+        accuracy = self.soft_label_accuracy(logits, y)
         self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x))
         return loss
-
-    def _mixed_forward(
-        self, x: Tensor, alpha: float, shared: np.random.Generator, own: np.random.Generator
-    ) -> tuple[Tensor, Mix]:
-        """Logits with the states mixed at a layer k drawn from S, and how they were mixed."""
-        layer = self._eligible[shared.integers(len(self._eligible))]
-        mix = draw_mix(len(x), alpha, own).to(x.device)
-        if layer is None:
-            return self(mix(x)), mix
-        with mixing(layer, mix):
-            return self(x), mix
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -251,7 +294,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         if self.teacher is not None:
             update_teacher(self.teacher, self.model, self.trainer.global_step + 1, self.ema_decay)
 
-    def _parts(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _parts(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Labelled inputs, their labels, and unlabelled inputs if these are used."""
         parts = batch if isinstance(batch, Mapping) else {}
         labelled: Any = parts.get("labelled")
@@ -267,31 +310,24 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         x, y = labelled
         return x, y, u
 
-    def _generators(self) -> tuple[np.random.Generator, np.random.Generator]:
-        """Of the draws that all ranks share (k), and of this rank's own (lam and partners), for this batch."""
-        count = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        shared = generator(self._drawing_seed, count, stream=0)
-        shared.random()  # where the callback draws whether to mix: from here on its draws and ours are the same
-        return shared, generator(self._drawing_seed, count, stream=1 + self.global_rank)
-
     # ------------------------------------------------------------------------------------------------- before the steps
 
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        if any(isinstance(c, ManifoldMixupCallback) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"{type(self).__name__} draws and mixes by itself: take the ManifoldMixupCallback out of the Trainer."
-            )
-        return []
+    _choice = "Take the Trainer's out: this module's own mixes both parts of a batch. Its settings are the module's."
 
     @override
-    def on_fit_start(self) -> None:
-        if self._drawing_seed is None:
-            self._drawing_seed = self.trainer.strategy.broadcast(global_seed())
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and is_overridden("on_after_batch_transfer", data, pl.LightningDataModule):
+            raise MisconfigurationException(
+                f"Expected a data module without `on_after_batch_transfer`, got {type(data).__name__}: Lightning calls "
+                "its method in place of this module's, where the teacher predicts. Do that work in "
+                "`transfer_batch_to_device`."
+            )
+        # Lightning says that it calls this module's method, not the data module's, which is what is meant.
+        warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer` in `LightningModule`")
 
     @override
     def on_train_start(self) -> None:
-        self._eligible = []
         total = self.trainer.estimated_stepping_batches
         if self.w_max and not 0 < total < math.inf:
             raise MisconfigurationException(
@@ -309,38 +345,6 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
             )
         if self.trainer.global_step == 0:  # weights may have been loaded since construction
             self.teacher.load_state_dict(self.model.state_dict())
-
-    def _settle_layers(self, x: Tensor) -> None:
-        """Chooses S, or checks it, on the first labelled batch."""
-        # in backward, where a layer would not know which of two mixes is meant
-        recomputed: set[nn.Module | None] = set()
-
-        def note(layer: nn.Module, args: Any, output: Any) -> None:
-            if not torch.is_grad_enabled():
-                recomputed.add(layer)
-
-        modules = named_layers(self)
-        with ExitStack() as stack:
-            for module in modules.values():
-                stack.callback(module.register_forward_hook(note).remove)
-            report = eligible_layers(self, x)
-        if self.layers == "auto":
-            names = self.trainer.strategy.broadcast(report.default)
-        else:
-            names = resolve_layers(self, [self.layers] if isinstance(self.layers, str) else self.layers)
-        refusals = [refusal for name in names if (refusal := report.refusal(name))]
-        self._eligible = [None if name == INPUT else modules[name] for name in names]
-        if any(layer in recomputed for layer in self._eligible):
-            refusals.append("Layers inside an activation checkpoint cannot be mixed here, only those around it.")
-        if names != [INPUT] and compiled_parts(self):
-            refusals.append(
-                "Hidden states of a network that torch.compile has wrapped cannot be mixed here, only inputs."
-            )
-        if refusals or not names:
-            raise MisconfigurationException(
-                "\n".join(refusals) or "Found no layer where the whole state could be mixed."
-            )
-        rank_zero_info(f"Manifold Mixup: each batch is mixed at one of {', '.join(names)}.")
 
     # ------------------------------------------------------------------------------------------------------- evaluation
 
@@ -367,17 +371,6 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         super().on_test_epoch_end()
         if self.teacher is not None:
             self._log_evaluation("test", self.test_teacher_metrics, self.test_teacher_nll)
-
-    # ------------------------------------------------------------------------------------------------------ checkpoints
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["manifold_mixup_seed"] = self._drawing_seed
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.seed is None:
-            self._drawing_seed = checkpoint.get("manifold_mixup_seed")
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,27 +1,166 @@
+import copy
+import inspect
+import json
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional as metrics
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, ManifoldMixupModule
+from lightning_manifold_mixup.module import MixupOptions
+from lightning_manifold_mixup.partners import ClassBalancedPartners
 from tests.helpers import CLASSES, ConvNet, images, loader, trainer, weights_of
+
+
+def callbacks_of(trainer):
+    return [c for c in trainer.callbacks if isinstance(c, ManifoldMixupCallback)]
 
 
 def test_brings_the_callback():
     t = trainer()
-    t.fit(ManifoldMixupModule(ConvNet(), CLASSES, alpha=AlphaSchedule(1.0, 2.0, 3), layers=["input"]), loader())
-    [callback] = [c for c in t.callbacks if isinstance(c, ManifoldMixupCallback)]
-    assert callback.alpha == AlphaSchedule(1.0, 2.0, 3)
-    assert callback.layers == ["input"]
+    module = ManifoldMixupModule(
+        ConvNet(), CLASSES, AlphaSchedule(1.0, 2.0, 3), ["input"], {"probability": 0.5, "seed": 3}
+    )
+    t.fit(module, loader())
+    assert callbacks_of(t) == [module.mixup]
+    assert (module.mixup.alpha, module.mixup.layers) == (AlphaSchedule(1.0, 2.0, 3), ["input"])
+    assert (module.mixup.probability, module.mixup.seed) == (0.5, 3)
 
 
-def test_leaves_the_trainers_own():
+def test_options_have_their_effect():
+    """Without a second callback: lam is logged, and the module's own callback does it."""
+
+    class Values(L.Callback):
+        seen = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.seen.append(pl_module.mixup.last_draw.mix.lam.item())
+
+    Values.seen = []
+    t = trainer(Values())
+    t.fit(ManifoldMixupModule(ConvNet(), CLASSES, layers=["input"], mixup={"log_mixing": True}), loader())
+    assert t.callback_metrics["manifold_mixup/lam"].item() == pytest.approx(Values.seen[-1])
+
+
+def test_options_are_those_of_the_callback():
+    parameters = inspect.signature(ManifoldMixupCallback).parameters
+    assert set(MixupOptions.__annotations__) | {"alpha", "layers"} == set(parameters)
+    for name, annotation in MixupOptions.__annotations__.items():
+        assert annotation.__forward_arg__ == parameters[name].annotation, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.0}, "no 'alpha' in `mixup`"),
+        ({"layers": ["input"]}, "no 'layers' in `mixup`"),
+        ({"log_mixin": True}, "options of the callback in `mixup` .*log_mixing.* got 'log_mixin'"),
+        ({"probability": 2.0}, r"probability in \[0, 1\], got 2.0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ManifoldMixupModule(ConvNet(), CLASSES, mixup=options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, by Lightning
+def test_options_in_yaml():
+    """With a strategy, which the parser makes, and with a mistake, which it finds."""
+
+    def module(*arguments):
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_lightning_class_args(ManifoldMixupModule, "model", subclass_mode=True)
+        network = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}}
+        options = ["--model=ManifoldMixupModule", f"--model.model={json.dumps(network)}", "--model.num_classes=3"]
+        return parser.instantiate_classes(parser.parse_args([*options, *arguments])).model
+
+    strategy = json.dumps({"class_path": "lightning_manifold_mixup.partners.ClassBalancedPartners"})
+    made = module("--model.mixup.log_mixing=true", f"--model.mixup.partners={strategy}").mixup
+    assert made.log_mixing
+    assert isinstance(made.partners, ClassBalancedPartners)
+    with pytest.raises(Exception, match="log_mixin"):
+        module("--model.mixup.log_mixin=true")
+
+
+def test_a_callback_beside_it_is_an_error_that_shows_both():
+    with pytest.raises(MisconfigurationException) as error:
+        trainer(ManifoldMixupCallback(alpha=0.5)).fit(ManifoldMixupModule(ConvNet(), CLASSES, alpha=2.5), loader())
+    for text in ("ManifoldMixupModule", "alpha 0.5", "alpha 2.5", "alpha=0"):
+        assert text in str(error.value)
+
+
+def test_alpha_zero_leaves_the_mixing_to_the_trainers():
     callback = ManifoldMixupCallback(alpha=0.5)
     t = trainer(callback)
-    t.fit(ManifoldMixupModule(ConvNet(), CLASSES, alpha=2.0), loader())
-    assert [c for c in t.callbacks if isinstance(c, ManifoldMixupCallback)] == [callback]
+    t.fit(ManifoldMixupModule(ConvNet(), CLASSES, alpha=0.0), loader())
+    assert callbacks_of(t) == [callback]
+    assert callback.layers_ is not None  # it has mixed
+
+
+def test_one_trainer_for_several_modules_and_stages():
+    modules = [ManifoldMixupModule(ConvNet(), CLASSES, layers=["input"]) for _ in range(2)]
+    modules.append(copy.deepcopy(modules[0]))
+    t = trainer()
+    for module in modules:
+        t.fit_loop.epoch_progress.reset()
+        t.fit(module, loader(), loader())
+        assert callbacks_of(t) == [module.mixup]
+        t.test(module, loader(), verbose=False)
+        assert callbacks_of(t) == [module.mixup]
+    with pytest.raises(MisconfigurationException, match="one in the Trainer"):
+        trainer(ManifoldMixupCallback()).fit(modules[0], loader())
+
+
+class Mine(ManifoldMixupModule):
+    """A subclass with arguments of its own, of which one compares with nothing."""
+
+    def __init__(self, model, weights):
+        super().__init__(model, CLASSES, alpha=AlphaSchedule(1.0, 2.0, 3), loss="bce", mixup={"probability": 0.5})
+        self.weights = weights
+
+
+@pytest.mark.parametrize("weights_only", [None, True])
+def test_load_from_checkpoint(weights_only, tmp_path):
+    given = {"alpha": AlphaSchedule(1.0, 2.0, 3), "layers": ["input"], "mixup": {"probability": 0.5, "seed": 3}}
+    module = ManifoldMixupModule(ConvNet(), CLASSES, **given, loss="bce", lr_interval="step")
+    t = trainer()
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = ManifoldMixupModule.load_from_checkpoint(tmp_path / "a.ckpt", model=ConvNet(), weights_only=weights_only)
+    torch.testing.assert_close(weights_of(loaded), weights_of(module), rtol=0, atol=0)
+    for name, value in given.items():
+        assert loaded.hparams[name] == value
+    assert (loaded.mixup.alpha, loaded.mixup.layers, loaded.mixup.seed) == (given["alpha"], ["input"], 3)
+    assert (loaded.soft_label_loss_name, loaded.lr_interval) == ("bce", "step")
+    with pytest.raises(TypeError, match="'model'"):
+        ManifoldMixupModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+
+
+def test_load_a_subclass_from_a_checkpoint(tmp_path):
+    module = Mine(ConvNet(), np.ones(3))
+    t = trainer()
+    t.fit(module, loader())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Mine.load_from_checkpoint(tmp_path / "a.ckpt", model=ConvNet(), weights=np.zeros(3))
+    torch.testing.assert_close(weights_of(loaded), weights_of(module), rtol=0, atol=0)
+    assert loaded.mixup.probability == 0.5
+
+
+def test_settings_reach_the_loggers(tmp_path):
+    module = ManifoldMixupModule(ConvNet(), CLASSES, alpha=1.5, layers=["input"], mixup={"dominant": True})
+    trainer(logger=CSVLogger(tmp_path, "", ""), log_every_n_steps=1).fit(module, loader())
+    settings = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert settings["alpha"] == 1.5
+    assert settings["layers"] == ["input"]
+    assert settings["mixup"] == {"dominant": True}
 
 
 def test_alpha_zero_is_the_baseline():

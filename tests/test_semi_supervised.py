@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, eligible_layers
+from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, MixingError, eligible_layers
 from lightning_manifold_mixup import semi_supervised as semi
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
@@ -53,7 +53,7 @@ def sgd(parameters):
 
 
 def module(teacher="ema", model=None, **kwargs):
-    defaults = {"w_max": 3.0, "ramp": 0.5, "layers": LAYERS, "seed": 5, "optimizer": sgd}
+    defaults = {"w_max": 3.0, "ramp": 0.5, "layers": LAYERS, "mixup": {"seed": 5}, "optimizer": sgd}
     return SemiSupervisedManifoldMixupModule(
         ConvNet() if model is None else model, CLASSES, teacher, **(defaults | kwargs)
     )
@@ -66,6 +66,16 @@ class Losses(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.values.append(outputs["loss"].item())
         self.students.append([p.detach().clone() for p in pl_module.model.parameters()])
+
+
+class Draws(L.Callback):
+    def __init__(self):
+        self.layers, self.lams = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (draw := pl_module.mixup.last_draw) is not None:
+            self.layers.append(draw.layer)
+            self.lams.append(draw.mix.lam.item())
 
 
 class Drawless(L.LightningModule):
@@ -92,12 +102,10 @@ class ByHand:
         self.steps = self.batches = 0
         self.layers = []
 
-    def mixed(self, x, alpha, shared, own):
-        layer = LAYERS[shared.integers(3)]
+    def mixed(self, x, layer, alpha, own):
         lam, partners = float(np.float32(own.beta(alpha, alpha))), torch.from_numpy(own.permutation(len(x)))
         before, after = self.student.states(x)[layer]
         h = before(x)
-        self.layers.append(layer)
         return after(lam * h + (1 - lam) * h[partners]), lam, partners
 
     def loss(self, x, y, u, rank=0):
@@ -107,12 +115,14 @@ class ByHand:
             np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, self.batches]))
             for stream in (0, 1 + rank)
         )
-        shared.random()
-        logits, lam, partners = self.mixed(x, self.alphas[0], shared, own)
+        shared.random()  # whether to mix
+        layer = LAYERS[int(3 * shared.random())]
+        self.layers.append(layer)
+        target = (self.student if self.ema is None else self.ema)(u).detach()
+        logits, lam, partners = self.mixed(x, layer, self.alphas[0], own)
         labelled = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
 
-        target = (self.student if self.ema is None else self.ema)(u).detach()
-        logits, lam, partners = self.mixed(u, self.alphas[1], shared, own)
+        logits, lam, partners = self.mixed(u, layer, self.alphas[1], own)
         target = lam * target + (1 - lam) * target[partners]
         if self.ema is not None:
             logits, target = logits.softmax(1), target.softmax(1)
@@ -194,7 +204,7 @@ class TestMethod:
         monkeypatch.setattr(semi, "consistency_loss", spy)
         ours = module(teacher)
         trainer().fit(ours, loaders())
-        assert len(targets) == 4
+        assert len(targets) > 4  # those of the self-check as well
         assert not any(target.requires_grad for target in targets)
         assert all(parameter.grad is not None or parameter.requires_grad for parameter in ours.model.parameters())
         if teacher == "ema":
@@ -245,9 +255,8 @@ class TestSupervised:
         plain, ours = copy.deepcopy(net), copy.deepcopy(net)
         data = TensorDataset(*images(24))
         L.seed_everything(3, verbose=False)
-        supervised = ManifoldMixupModule(plain, CLASSES, alpha=2.0, layers=LAYERS, optimizer=sgd)
-        callback = ManifoldMixupCallback(alpha=2.0, layers=LAYERS, seed=5)
-        trainer(callback, max_epochs=3, **extra).fit(supervised, DataLoader(data, N, shuffle=True))
+        supervised = ManifoldMixupModule(plain, CLASSES, 2.0, LAYERS, {"seed": 5}, optimizer=sgd)
+        trainer(max_epochs=3, **extra).fit(supervised, DataLoader(data, N, shuffle=True))
         L.seed_everything(3, verbose=False)
         trainer(max_epochs=3, **extra).fit(
             module(model=ours, w_max=0.0, alpha_labelled=2.0),
@@ -295,18 +304,25 @@ class TestDraws:
             assert torch.equal(torch.get_rng_state(), after)
         assert results[0] == results[1]
 
-    def test_differ_from_batch_to_batch_and_part_to_part(self, monkeypatch):
+    def test_differ_from_batch_to_batch_and_part_to_part(self):
         drawn = []
-        original = semi.draw_mix
 
-        def spy(n, alpha, generator):
-            drawn.append((n, original(n, alpha, generator)))
-            return drawn[-1][1]
+        class Spied(semi.PartsCallback):
+            def draw(self, context):
+                draw = super().draw(context)
+                drawn.append((context.n, draw.mix.lam.item(), draw.layer))
+                return draw
 
-        monkeypatch.setattr(semi, "draw_mix", spy)
-        trainer().fit(module(), loaders())
-        assert [n for n, _ in drawn] == [N, M] * 4
-        assert len({mix.lam.item() for _, mix in drawn}) == 8
+            def draw_group(self, context, first):
+                mix = super().draw_group(context, first)
+                drawn.append((context.n, mix.lam.item(), first.layer))
+                return mix
+
+        ours = module()
+        ours.mixup.__class__ = Spied
+        trainer().fit(ours, loaders())
+        assert [n for n, _, _ in drawn] == [N, M] * 4
+        assert len({lam for _, lam, _ in drawn}) == 8
 
     def test_seed_everything_is_followed(self, monkeypatch):
         runs = []
@@ -314,7 +330,7 @@ class TestDraws:
             monkeypatch.setenv("PL_GLOBAL_SEED", seed)
             torch.manual_seed(0)
             losses = Losses()
-            trainer(losses).fit(module(seed=None), loaders())
+            trainer(losses).fit(module(mixup=None), loaders())
             runs.append(losses.values)
         assert runs[0] == runs[1] != runs[2]
 
@@ -326,7 +342,7 @@ class TestTrainer:
     def test_resumed_run_is_the_uninterrupted_one(self, teacher, accumulate, tmp_path, monkeypatch):
         monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # the seed of the draws is in the checkpoint alone
         net = ConvNet()
-        whole, resumed = (module(teacher, copy.deepcopy(net), seed=None) for _ in range(2))
+        whole, resumed = (module(teacher, copy.deepcopy(net), mixup=None) for _ in range(2))
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
         options = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
         trainer(keep, enable_checkpointing=True, **options).fit(whole, loaders())
@@ -346,7 +362,7 @@ class TestTrainer:
         """Three batches an epoch, resumed after step 4. All are the same one: Lightning starts plain data again."""
         batch = {"labelled": list(images(N, seed=1)), "unlabelled": images(M, seed=2)[0]}
         batches = DataLoader([batch] * 3, batch_size=None)
-        whole, resumed = (module(teacher, seed=None, layers=layers) for _ in range(2))
+        whole, resumed = (module(teacher, mixup=None, layers=layers) for _ in range(2))
         drawn = []
         for ours, saved in ((whole, None), (resumed, tmp_path / "whole" / "step=4.ckpt")):
             folder = tmp_path / ("resumed" if saved else "whole")
@@ -389,20 +405,12 @@ class TestTrainer:
             # all weights learn: a teacher's pass under no_grad leaves no gradient-free copies in autocast's cache
             assert torch.cosine_similarity(steps32.flatten(), steps16.flatten(), 0) > 0.9, name
 
-    def test_auto_layers(self, monkeypatch):
-        used = set()
-        original = semi.mixing
-
-        def spy(layer, mix):
-            used.add(layer)
-            return original(layer, mix)
-
-        monkeypatch.setattr(semi, "mixing", spy)
-        ours = module(layers="auto")
+    def test_auto_layers(self):
+        ours, draws = module(layers="auto"), Draws()
         expected = eligible_layers(ours, images(N)[0]).default
-        trainer(max_epochs=3).fit(ours, loaders())
-        assert expected == ["input", "model.conv1", "model.layer1"]
-        assert used == {ours.model.conv1, ours.model.layer1}
+        trainer(draws, max_epochs=3).fit(ours, loaders())
+        assert ours.mixup.layers_ == expected == ["input", "model.conv1", "model.layer1"]
+        assert set(draws.layers) == set(expected)
         assert ours.model.layer2[1].num_batches_tracked == 3 * 4 * 2  # passes that train, and no other
 
     def test_unlabelled_batches_may_be_bare_tensors(self):
@@ -443,7 +451,7 @@ class TestTrainer:
         )
         assert result.returncode == 0, result.stderr
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-        assert len(first["lams"]) == 2 * 2 * 2  # epochs, batches, parts
+        assert len(first["lams"]) == 2 * 2  # epochs, batches
         assert first["layers"] == second["layers"]
         assert len(set(first["layers"])) > 1
         assert not set(first["lams"]) & set(second["lams"])
@@ -475,22 +483,14 @@ def shard(n, rank, epoch):
 
 
 TWO_PROCESSES = """
-import copy, sys, torch, lightning as L
+import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
-from lightning_manifold_mixup import semi_supervised as semi
-from tests.helpers import LAYERS, images, trainer
-from tests.test_semi_supervised import loaders, module
+from tests.helpers import images, trainer
+from tests.test_semi_supervised import Draws, loaders, module
 
-class Spied(semi.SemiSupervisedManifoldMixupModule):
-    def _mixed_forward(self, x, alpha, shared, own):
-        self.drawn.append(int(copy.deepcopy(shared).integers(len(self._eligible))))
-        logits, mix = super()._mixed_forward(x, alpha, shared, own)
-        self.lams.append(mix.lam.item())
-        return logits, mix
-
-class Save(L.Callback):
+class Save(Draws):
     def on_fit_end(self, trainer, ours):
-        state = {"layers": ours.drawn, "lams": ours.lams}
+        state = {"layers": self.layers, "lams": self.lams}
         state["teacher_error"] = trainer.callback_metrics["val/teacher_error"]
         state["parameters"] = {name: p.detach() for name, p in ours.named_parameters()}
         torch.save(state, f"{sys.argv[1]}/{trainer.global_rank}.pt")
@@ -498,8 +498,6 @@ class Save(L.Callback):
 if __name__ == "__main__":
     ours = module()
     ours.model.load_state_dict(torch.load(f"{sys.argv[1]}/net.pt"))
-    ours.__class__ = Spied
-    ours.drawn, ours.lams = [], []
     validation = DataLoader(TensorDataset(*images(24, seed=3)), 6)
     trainer(Save(), max_epochs=2, devices=2, strategy="ddp_fork").fit(ours, loaders(), validation)
 """
@@ -553,7 +551,7 @@ class TestErrors:
             assert (ours.w_max, ours.ramp) == expected
 
     def test_callback_beside_it(self):
-        with pytest.raises(MisconfigurationException, match="mixes by itself"):
+        with pytest.raises(MisconfigurationException, match=r"own mixes both parts of a batch"):
             trainer(ManifoldMixupCallback()).fit(module(), loaders())
 
     @pytest.mark.parametrize("data", [TensorDataset(*images(N)), None])
@@ -597,36 +595,76 @@ class TestErrors:
             (["model.layer9"], "layer9"),
             (["model.fc"], "gives the final output"),
             (["teacher.layer1"], "never called"),
-            (["model.layer2", "model.inner.0"], "bypassed"),
+            (["model.layer2", "model.inner.0"], "inner.0' .* not one single state"),
         ],
     )
     def test_layers(self, layers, message):
-        net = ConvNet()
-        net.inner = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
-        conv1 = net.conv1
-        net.conv1 = nn.Identity()
-        net.forward = lambda x: net.fc(net.layer2(net.layer1((h := conv1(x)) + net.inner(h))).mean((2, 3)))
+        teacher = "self" if "teacher" not in layers[0] else "ema"
         with pytest.raises((ValueError, MisconfigurationException), match=message):
-            trainer().fit(module("self" if "teacher" not in layers[0] else "ema", net, layers=layers), loaders())
+            trainer().fit(module(teacher, WithShortcut(), layers=layers), loaders())
+
+    def test_data_module_that_would_take_the_place_of_the_teacher(self):
+        class Data(L.LightningDataModule):
+            def train_dataloader(self):
+                return loaders()
+
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                return batch
+
+        with pytest.raises(MisconfigurationException, match="without `on_after_batch_transfer`, got Data"):
+            trainer().fit(module(), datamodule=Data())
 
     @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in the teacher's pass
-    def test_layers_that_backward_would_compute_again(self):
-        class Checkpointed(ConvNet):
-            def forward(self, x):
-                inside = lambda h: self.layer2(self.layer1(h))  # noqa: E731
-                return self.fc(checkpoint(inside, self.conv1(x), use_reentrant=True).mean((2, 3)))
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_layers_that_backward_would_compute_again(self, reentrant):
+        """With parts of one size, so that no shape would tell that they are mistaken for each other."""
+        batches = DataLoader(
+            [{"labelled": list(images(N, seed=1)), "unlabelled": images(N, seed=2)[0]}] * 3, batch_size=None
+        )
+        net = Checkpointed(reentrant)
+        before = weights_of(net)
+        with pytest.raises(MixingError, match="inside an activation checkpoint"):
+            trainer().fit(module(model=net, layers=["model.layer1"]), batches)
+        for name, parameter in net.named_parameters():
+            assert torch.equal(parameter, before[name])
 
-        with pytest.raises(MisconfigurationException, match="activation checkpoint"):
-            trainer().fit(module(model=Checkpointed(), layers=["input", "model.layer1"]), loaders())
-        trainer().fit(module(model=Checkpointed(), layers=["input", "model.conv1"]), loaders())
+        around = ["input", "model.conv1"]
+        nets = [Checkpointed(reentrant), ConvNet()]
+        nets[1].load_state_dict(nets[0].state_dict())
+        runs = [Losses(), Losses()]
+        for net, losses in zip(nets, runs, strict=True):
+            trainer(losses, max_epochs=2).fit(module(model=net, layers=around), batches)
+        assert runs[0].values == pytest.approx(runs[1].values, rel=1e-5)
 
-    def test_compiled_network(self):
-        def compiled():
-            return torch.compile(ConvNet(), backend="eager")
 
-        with pytest.raises(MisconfigurationException, match=r"torch\.compile"):
-            trainer().fit(module(model=compiled()), loaders())
-        trainer().fit(module(model=compiled(), layers=["input"]), loaders())
+class WithShortcut(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+
+    def forward(self, x):
+        h = self.conv1(x)
+        return self.fc(self.layer2(self.layer1(h + self.inner(h))).mean((2, 3)))
+
+
+class Checkpointed(ConvNet):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = checkpoint(lambda h: self.layer2(self.layer1(h)), self.conv1(x), use_reentrant=self.reentrant)
+        return self.fc(h.mean((2, 3)))
+
+
+def test_compiled_network_is_mixed_as_any_other():
+    nets = [ConvNet(), ConvNet()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].compile(backend="eager")
+    runs = [Losses(), Losses()]
+    for net, losses in zip(nets, runs, strict=True):
+        trainer(losses, max_epochs=3).fit(module(model=net), loaders())
+    assert runs[0].values == pytest.approx(runs[1].values, rel=1e-5)
 
 
 S = ["input", "model.layer1", "model.layer2"]
@@ -650,7 +688,7 @@ class TestRecipes:
         cli.make()
         ours, data = cli.model, cli.datamodule
         teacher = "self" if ours.teacher is None else "ema"
-        assert {"teacher": teacher} | {key: getattr(ours, key) for key in expected if key != "teacher"} == expected
+        assert {"teacher": teacher} | {key: ours.hparams[key] for key in expected if key != "teacher"} == expected
         assert sum(p.numel() for p in ours.model.parameters()) == 1_467_610  # WRN-28-2
         assert cli.trainer.max_epochs == epochs
         assert (data.num_classes * data.labels_per_class, data.datamodule.val_size) == (labels, validation)

@@ -54,6 +54,15 @@ class MixingHook:
             return None
         from lightning_manifold_mixup.mixing import batch_dims
 
+        if len(self.mixes) > 1 and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            from lightning_manifold_mixup._step.targets import MixingError
+
+            raise MixingError(
+                "Expected a layer that is called once for each part of the batch, got one that the backward pass calls "
+                f"again ({type(module).__name__}, inside an activation checkpoint): it cannot tell the parts apart. "
+                "Take it out of `layers`; layers around the checkpoint can be mixed. No weight has changed in this "
+                "step."
+            )
         mix = self.mixes[self.calls % len(self.mixes)]
         self.calls += 1
         n = len(mix.partners)

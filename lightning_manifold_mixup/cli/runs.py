@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -43,7 +42,6 @@ CLEAN = "+clean"
 
 LAST, BEST = "last epoch", "best val epoch"
 
-_CALLBACK = "lightning_manifold_mixup.ManifoldMixupCallback"
 _ALPHAS = ("alpha", "alpha_labelled", "alpha_unlabelled")
 _NO_MATTER = (
     "default_root_dir",
@@ -139,13 +137,14 @@ def set_method(config: Any, method: str) -> None:
     if method == "manifold":
         return
     if method.endswith(CLEAN):
-        if not found:  # a module of this package leaves the mixing to a callback that is there already
-            if alphas != ["alpha"]:
-                raise UsageError(f"--methods {method} needs a model with one alpha, got one with {', '.join(alphas)}.")
-            arguments = Namespace(alpha=place.alpha, layers=place.layers)  # type: ignore[no-untyped-call]
-            found = [Namespace(class_path=_CALLBACK, init_args=arguments)]  # type: ignore[no-untyped-call]
-            config.trainer.callbacks = [*callbacks, *found]
-        found[0].init_args.clean_weight = 1.0
+        if found:
+            place.clean_weight = 1.0
+        elif "mixup" in place:  # the callback's further arguments, in the modules of this package
+            place.mixup = {**(place.mixup or {}), "clean_weight": 1.0}
+        else:
+            raise UsageError(
+                f"--methods {method} needs a ManifoldMixupModule, or a ManifoldMixupCallback in the recipe."
+            )
         return
     for name in alphas:
         place[name] = 0.0 if method == "none" else 1.0

@@ -240,16 +240,19 @@ def test_the_clean_loss_is_added_to_a_callback_of_the_recipe() -> None:
 
 
 def test_the_clean_loss_is_added_to_a_module_that_brings_the_callback() -> None:
-    module = Arguments(init_args=Arguments(alpha=2.0, layers=["model.layer1"]))
-    config = Arguments(trainer=Arguments(callbacks=None), model=module)
-    runs.set_method(config, "manifold+clean")
-    [callback] = config.trainer.callbacks
-    assert callback.class_path == "lightning_manifold_mixup.ManifoldMixupCallback"
-    assert callback.init_args.as_dict() == {"alpha": 2.0, "layers": ["model.layer1"], "clean_weight": 1.0}
-    assert module.init_args == {"alpha": 2.0, "layers": ["model.layer1"]}
-    semi = Arguments(init_args=Arguments(alpha_labelled=1.0, alpha_unlabelled=2.0, layers=["input"]))
-    with pytest.raises(UsageError, match="one alpha, got one with alpha_labelled, alpha_unlabelled"):
-        runs.set_method(Arguments(trainer=Arguments(callbacks=None), model=semi), "manifold+clean")
+    for alphas in ({"alpha": 2.0}, {"alpha_labelled": 1.0, "alpha_unlabelled": 2.0}):
+        for given, expected in (
+            (None, {"clean_weight": 1.0}),
+            ({"log_mixing": True}, {"log_mixing": True, "clean_weight": 1.0}),
+        ):
+            module = Arguments(init_args=Arguments(**alphas, layers=["model.layer1"], mixup=given))
+            config = Arguments(trainer=Arguments(callbacks=None), model=module)
+            runs.set_method(config, "manifold+clean")
+            assert config.trainer.callbacks is None
+            assert module.init_args == {**alphas, "layers": ["model.layer1"], "mixup": expected}
+    other = Arguments(init_args=Arguments(alpha=2.0, layers=["input"]))
+    with pytest.raises(UsageError, match="needs a ManifoldMixupModule, or a ManifoldMixupCallback in the recipe"):
+        runs.set_method(Arguments(trainer=Arguments(callbacks=None), model=other), "manifold+clean")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
