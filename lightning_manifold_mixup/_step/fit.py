@@ -20,7 +20,8 @@ from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, se
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
-from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
+from lightning_manifold_mixup._step.reads import Answers
+from lightning_manifold_mixup._step.self_check import Mixes, Trials
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
 from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
@@ -169,14 +170,15 @@ class Fit:
         output = self._evaluated(training_step, step, call)
         if not self._checked and self.proof.is_new(step.site.layer, self._signature(step, output)):
             passes = self.proof.passes
-            self._prove([step.site.layer], step, call)
+            self._prove([step.site.layer], step, call, again=True)
             if self.proof.passes != passes:
                 output = self._evaluated(training_step, step, call)
         self._checked = True
         return output
 
     def _evaluated(self, training_step: Callable[..., Any], step: Step, call: Call) -> Any:
-        passes = self.proof.passes or 1
+        able = self.module.automatic_optimization and not step.superposition.lam.ndim
+        passes = self.proof.passes_at(step.site.layer) if able else self.proof.passes or 1
         step.reader = self._answers = Answers(lenient=self.options.passes == 1 or self.proof.reads > 0)
         if self.options.clean_weight:
             return step.beside_clean(training_step, call, self.options.clean_weight, passes)
@@ -189,7 +191,7 @@ class Fit:
             if states is None or not self.module.automatic_optimization:
                 raise
             set_random_states(states)
-            self.proof.run_twice(str(error).split(". ")[0])
+            self.proof.run_twice(str(error).split(". ")[0], again=True)
             return step.twice(training_step, call)
 
     def _signature(self, step: Step, output: Any) -> Any:
@@ -207,7 +209,7 @@ class Fit:
 
     # ---------------------------------------------------------------------------------------------- the first batch
 
-    def _prove(self, layers: Sequence[str], step: Step, call: Call) -> None:
+    def _prove(self, layers: Sequence[str], step: Step, call: Call, again: bool = False) -> None:
         if not layers or not self.proof.enabled:
             return
         assert self._settled is not None
@@ -226,7 +228,7 @@ class Fit:
         )
         trials = Trials(self.module, call)
         sites = [self._site(layer, places) for layer in layers]
-        self.proof.check(trials, sites, permutations, draws, self._mixed)
+        self.proof.check(trials, sites, permutations, draws, self._mixed, again)
         self.plan.passes = self.proof.passes
         if trials.superposed:
             self._hook_criteria(sorted(trials.fired))

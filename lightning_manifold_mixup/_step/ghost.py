@@ -10,7 +10,6 @@ import contextlib
 import copy
 import copyreg
 import io
-import os
 import random
 import sys
 import threading
@@ -235,13 +234,25 @@ def _shared(value: Any) -> str:
 
 
 def _file(value: Any) -> Any:
+    text = isinstance(value, io.TextIOWrapper)
     if value.closed or value.writable():
-        return open, (os.devnull, "wb" if "b" in getattr(value, "mode", "") else "w")
-    return _reopened, (value.name, value.mode, value.tell())
+        return (io.StringIO if text else io.BytesIO), ()
+    return _reopened, (value.name, value.tell(), value.encoding if text else None)
 
 
-def _reopened(name: str, mode: str, position: int) -> Any:
-    file = open(name, mode)  # noqa: SIM115
+class _Quiet(io.FileIO):
+    """A file that nobody closes, as nobody knows of it: the ghost takes it along."""
+
+    def _dealloc_warn(self, source: Any) -> None:
+        """No warning that it was not closed, when what reads it goes."""
+
+    def __del__(self) -> None:
+        self.close()  # nor when it goes itself
+
+
+def _reopened(name: str, position: int, encoding: str | None) -> Any:
+    binary = io.BufferedReader(_Quiet(name))
+    file = binary if encoding is None else io.TextIOWrapper(binary, encoding)
     file.seek(position)
     return file
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_manifold_mixup._step.diagnosis import explain
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
-from lightning_manifold_mixup._step.self_check import Mixes, Outcome, Trials, Verdict, pair, swap
+from lightning_manifold_mixup._step.self_check import UNUSED, Mixes, Outcome, Trials, Verdict, pair, swap
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
 
@@ -38,7 +38,7 @@ class Proof:
         self._wanted = passes
         self.passes = 2 if passes == 2 else decided
         self.reads = 0
-        self._open: dict[str, int] = {}  # layers without a verdict, with how often they have been tried
+        self._open: set[tuple[str, str]] = set()  # oracles without a verdict yet, each with its layer
         self._next = 10
         self._retry_at = 0
         self._seen: dict[str, set[Any]] = {}
@@ -60,9 +60,20 @@ class Proof:
         if mixed >= self._next:
             self._next *= 10
             return [layer]
-        if layer in self._open and mixed >= self._retry_at:
+        if self._is_open(layer) and mixed >= self._retry_at:
             return [layer]
         return []
+
+    def passes_at(self, layer: str) -> int:
+        """How often the training step runs for a batch that is mixed at a layer.
+
+        Twice also where the pair oracle could not tell yet: that is exact for any code.
+        """
+        unproven = self._wanted == "auto" and ("pair", layer) in self._open
+        return 2 if unproven else self.passes or 1
+
+    def _is_open(self, layer: str) -> bool:
+        return any(where == layer for _, where in self._open)
 
     def is_new(self, layer: str, signature: Any) -> bool:
         """Whether a training step was built otherwise than all before it at this layer."""
@@ -74,7 +85,15 @@ class Proof:
         self._rechecks += 1
         return True
 
-    def check(self, trials: Trials, sites: Sequence[Site], permutations: Mixes, draws: Mixes, mixed: int) -> None:
+    def check(
+        self,
+        trials: Trials,
+        sites: Sequence[Site],
+        permutations: Mixes,
+        draws: Mixes,
+        mixed: int,
+        again: bool = False,
+    ) -> None:
         """Asks both oracles about a batch.
 
         Args:
@@ -83,6 +102,7 @@ class Proof:
             permutations: for the swap oracle, with lam 0.
             draws: for the pair oracle.
             mixed: how many batches have been mixed before.
+            again: whether the module has run its step on this batch already.
 
         Raises:
             MixingError: if something else than layer k and the targets reaches the loss; no weight has changed.
@@ -91,7 +111,7 @@ class Proof:
         try:
             failure = self._swaps(trials, sites, permutations)
             if failure is None and self._wanted != 2:
-                failure = self._pairs(trials, sites, draws)
+                failure = self._pairs(trials, sites, draws, again)
         except NoGhostError as error:
             self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
             self.enabled = False
@@ -99,14 +119,22 @@ class Proof:
             raise MixingError(failure or "The self-check has failed on another rank; see its message.")
         self._retry_at = 2 * mixed + 1
 
-    def run_twice(self, reason: str) -> None:
-        """From now on the training step runs once for each labelling."""
+    def run_twice(self, reason: str, again: bool = False) -> None:
+        """From now on the training step runs once for each labelling.
+
+        Args:
+            reason: why.
+            again: whether the module has run its step on this batch already.
+        """
         if self.passes != 2:
+            counted = (
+                " In this one batch, what the step keeps on the module has been updated once more." if again else ""
+            )
             rank_zero_warn(
                 "Manifold Mixup runs the training step twice for each mixed batch from here on, once for each "
                 f"labelling: {reason}. The loss is exact; it costs a second forward pass. To avoid that, compute the "
                 "loss with `mixed_loss(function, logits, y)`, or in a criterion module (nn.Module). `passes=2` "
-                "silences this."
+                f"silences this.{f' {counted}' if again else ''}"
             )
         self.passes = 2
 
@@ -119,7 +147,7 @@ class Proof:
         for site in sites:
             wrong = wrong or trials.run(site, states=permutations, train=train)
             finding = swap(trials, site, permutations, plain_run, wrong, train)
-            self._note(site.layer, finding.verdict)
+            self._note("swap", site.layer, finding.verdict)
             if finding.verdict is Verdict.UNDECIDED:
                 self._say(f"the swap oracle has no verdict ({finding.reason})")
             elif finding.verdict is Verdict.FAILED:
@@ -131,7 +159,7 @@ class Proof:
                 )
         return None
 
-    def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> str | None:
+    def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes, again: bool) -> str | None:
         reason = None
         for site in sites:
             try:
@@ -142,7 +170,8 @@ class Proof:
                 self._say(f"the pair oracle has no verdict ({type(error).__name__}: {error})")
                 break
             self.reads = max(self.reads, reads)
-            self._note(site.layer, finding.verdict)
+            if finding.reason != UNUSED:  # the step says that itself
+                self._note("pair", site.layer, finding.verdict)
             if finding.verdict is Verdict.FAILED:
                 reason = finding.reason
                 break
@@ -158,14 +187,14 @@ class Proof:
                 "it cannot run once for each labelling instead. Compute the loss with `mixed_loss(function, logits, "
                 "y)`, or in a criterion module (nn.Module). No weight has changed in this step."
             )
-        self.run_twice(reason)
+        self.run_twice(reason, again)
         return None
 
-    def _note(self, layer: str, verdict: Verdict) -> None:
+    def _note(self, oracle: str, layer: str, verdict: Verdict) -> None:
         if verdict is Verdict.NO_POWER:
-            self._open[layer] = self._open.get(layer, 0) + 1
+            self._open.add((oracle, layer))
         else:
-            self._open.pop(layer, None)
+            self._open.discard((oracle, layer))
 
     def _on_all_ranks(self, decision: bool) -> bool:
         return bool(self._trainer.strategy.reduce_boolean_decision(decision, all=True))
