@@ -168,7 +168,8 @@ class Fit:
             self._prove(self.proof.due(list(self.plan.layers or ()), step.site.layer, self._mixed), step, call)
             self._mixed += 1
         output = self._evaluated(training_step, step, call)
-        if not self._checked and self.proof.is_new(step.site.layer, self._signature(step, output)):
+        calls = step.hook.calls if step.hook is not None else 0
+        if self.proof.is_new(step.site.layer, self._signature(step, output), calls, self._checked):
             passes = self.proof.passes
             self._prove([step.site.layer], step, call, again=True)
             if self.proof.passes != passes:
@@ -195,17 +196,19 @@ class Fit:
             return step.twice(training_step, call)
 
     def _signature(self, step: Step, output: Any) -> Any:
-        """What tells that a training step is built as before: its batch, modes, calls and the end of its graph."""
+        """What tells that a training step is built as before: its batch, modes and the end of its graph."""
         loss = loss_of(output)
         names: list[str] = []
         queue: list[Any] = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
         while queue and len(names) < _OPERATIONS:
             function = queue.pop(0)
+            if function.name() == "InterpolateBackward":  # ours, elsewhere for each layer
+                queue.insert(0, function.next_functions[0][0])
+                continue
             names.append(function.name())
             queue += [following for following, _ in function.next_functions if following is not None]
-        calls = step.hook.calls if step.hook is not None else 0
         modes = tuple([part.training for part in self._parts])
-        return id(step.site.places), modes, calls, self._answers.asked > 0, tuple(names)
+        return id(step.site.places), modes, self._answers.asked > 0, tuple(names)
 
     # ---------------------------------------------------------------------------------------------- the first batch
 

@@ -41,7 +41,8 @@ class Proof:
         self._open: set[tuple[str, str]] = set()  # oracles without a verdict yet, each with its layer
         self._next = 10
         self._retry_at = 0
-        self._seen: dict[str, set[Any]] = {}
+        self._seen: set[Any] = set()
+        self._calls: dict[str, set[int]] = {}
         self._rechecks = 0
         self._said: set[str] = set()
 
@@ -75,12 +76,20 @@ class Proof:
     def _is_open(self, layer: str) -> bool:
         return any(where == layer for _, where in self._open)
 
-    def is_new(self, layer: str, signature: Any) -> bool:
-        """Whether a training step was built otherwise than all before it at this layer."""
-        seen = self._seen.setdefault(layer, set())
-        known = not seen or signature in seen
-        seen.add(signature)
-        if known or not self.enabled or self._rechecks >= _RECHECKS:
+    def is_new(self, layer: str, signature: Any, calls: int, checked: bool) -> bool:
+        """Whether a training step was built otherwise than all before it.
+
+        Args:
+            layer: where it was mixed.
+            signature: of the step, whatever the layer.
+            calls: how often the layer was called.
+            checked: whether the oracles have been asked about this batch.
+        """
+        known = not self._seen or signature in self._seen
+        known &= calls in self._calls.setdefault(layer, {calls})
+        self._seen.add(signature)
+        self._calls[layer].add(calls)
+        if known or checked or not self.enabled or self._rechecks >= _RECHECKS:
             return False
         self._rechecks += 1
         return True
