@@ -13,11 +13,13 @@ import io
 import random
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -69,6 +71,11 @@ def ghost_of(module: nn.Module) -> Any:
     for name, original in (getattr(ghost, "_compiler_ctx", None) or {}).items():
         if name.startswith("original_"):  # of a module compiled as a whole: functions of the module, not of the copy
             vars(ghost)[name.removeprefix("original_")] = original
+    if isinstance(vars(ghost).get("training_step"), types.FunctionType):
+        # A wrapper that somebody has put there calls the step of the module itself, not that of the copy.
+        if getattr(type(module), "training_step", None) is pl.LightningModule.training_step:
+            raise NoGhostError(f"the training step of {type(module).__name__} is a function set on the module itself")
+        del vars(ghost)["training_step"]
     for part in ghost.modules():
         if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
             vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without

@@ -179,8 +179,14 @@ class Proof:
                 self._say(f"the pair oracle has no verdict ({type(error).__name__}: {error})")
                 break
             self.reads = max(self.reads, reads)
-            if finding.reason != UNUSED:  # the step says that itself
+            if finding.reason != UNUSED:
                 self._note("pair", site.layer, finding.verdict)
+            elif not trials.module.automatic_optimization:  # otherwise the step says so itself before the optimizer
+                return (
+                    f"Manifold Mixup: {UNUSED}, which it takes from elsewhere. Set `target_key` (now "
+                    f"{list(site.places.targets)}) to the key of the labels, or to a list of keys. No weight has "
+                    "changed in this step."
+                )
             if finding.verdict is Verdict.FAILED:
                 reason = finding.reason
                 break
