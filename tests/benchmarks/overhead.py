@@ -15,7 +15,7 @@ from lightning_manifold_mixup import ManifoldMixupCallback
 from .measure import Measure, Section
 from .step import Classifier, fit
 
-SHAPE, CLASSES, STEPS = (32, 16), 10, 200
+SHAPE, CLASSES, STEPS = (32, 16), 10, 80
 
 
 class ByHand(Classifier):
@@ -45,7 +45,7 @@ def run(measure: Measure, rounds: int = 3) -> Section:
         "Python: microseconds that mixing adds to a step of three small linear layers, through the Trainer",
         ["way", "step, us", "added, us", "over by hand", "target"],
         [],
-        f"Medians of {rounds * 4} fits of {STEPS} steps each, all ways in turn.",
+        f"Medians of {rounds * 15} fits of {STEPS} steps each, all ways in turn.",
     )
     ways: dict[str, tuple[L.LightningModule, list[str]]] = {
         "plain": (Classifier(network(), ""), []),
@@ -55,7 +55,7 @@ def run(measure: Measure, rounds: int = 3) -> Section:
         "callback, input": (Classifier(network(), ""), ["input"]),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds * 4):
+    for _ in range(rounds * 15):
         for way, (module, layers) in ways.items():
             callbacks = [ManifoldMixupCallback(alpha=1.0, layers=layers, seed=0)] if layers else []
             times[way] += fit(measure, module, SHAPE, CLASSES, STEPS, callbacks=callbacks).times
