@@ -168,10 +168,10 @@ def drive(seeds):
     return exact, refused
 
 
-@pytest.mark.parametrize("block", range(12))
+@pytest.mark.parametrize("block", range(8))
 def test_none_is_wrong_without_an_error(block):
-    exact, refused = drive(range(block * 70, block * 70 + 70))
-    assert exact + refused >= 45
+    exact, refused = drive(range(block * 68, block * 68 + 68))
+    assert exact + refused >= 60
     assert exact >= 3 * refused
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
+from lightning_manifold_mixup._step.compiled_check import Eager, eager_step
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.first_batch import watch
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, set_random_states
@@ -99,6 +100,7 @@ class Fit:
         self._mixed = 0
         self._plain_inputs = False
         self._checked = False  # in this batch
+        self._compared = 0  # up to which batch the compiled step was compared with the eager one
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers(lenient=False)
@@ -177,7 +179,11 @@ class Fit:
         if not self._checked:
             self._prove(self.proof.due(list(self.plan.layers or ()), step.site.layer, self._mixed), step, call)
             self._mixed += 1
+        eager = self._eager(step, call) if self._checked else None
         output = self._evaluated(training_step, step, call)
+        loss = loss_of(output)
+        if eager is not None and loss is not None:
+            self._stack.callback(eager.compare(loss).remove)
         calls = step.hook.calls if step.hook is not None else 0
         if self.proof.is_new(step.site.layer, self._signature(step, output), calls, self._checked):
             passes = self.proof.passes
@@ -208,6 +214,16 @@ class Fit:
                 set_random_states(states)
             self.proof.run_twice(str(error).split(". ")[0], again=True)
             return step.twice(training_step, call)
+
+    def _eager(self, step: Step, call: Call) -> Eager | None:
+        """What the compiled step of this batch is to be compared with, in a batch that the oracles were asked about."""
+        plain = not (step.superposition.lam.ndim or self.options.clean_weight or self._settled is None)
+        if not plain or not self.module.automatic_optimization or not compiled_parts(self.module):
+            return None
+        if not self.proof.enabled or self._compared >= self._mixed:  # an LBFGS closure comes again
+            return None
+        self._compared = self._mixed
+        return eager_step(Trials(self.module, call), step.site, step.mixes)
 
     def _signature(self, step: Step, output: Any) -> Any:
         """What tells that a training step is built as before: its batch, modes and the end of its graph."""

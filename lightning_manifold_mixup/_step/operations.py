@@ -69,8 +69,21 @@ def _on_both(name: str, func: Function, args: Any, kwargs: Any, superposition: S
     recorded = note_use(superposition, (first, second))
     read = list(tensors((args, kwargs)))
     steady = name in _STEADY or all(isinstance(t, _Superposed) and t._steady for t in read)
+    steady &= not _by_position(name, args)
     averaged = recorded or any(isinstance(t, _Superposed) and t._averaged for t in read)
     return paired(first, second, superposition, steady, averaged)
+
+
+def _by_position(name: str, args: Any) -> bool:
+    """Whether certain samples are picked: of one sample, both labellings may agree here and differ in another batch."""
+    if name in ("select", "unbind", "narrow", "split", "chunk"):
+        return True
+    if name != "__getitem__":
+        return False
+    index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+    if isinstance(index, Tensor):
+        return index.ndim == 0
+    return not (index is None or index is Ellipsis or (isinstance(index, slice) and index == slice(None)))
 
 
 def _of_the_object(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:

@@ -73,6 +73,7 @@ class Outcome:
         random: the states of the random generators at the end.
         used: whether the loss has used the labels in superposition.
         inspected: whether the step knows of the superposition, and has asked for one of the labellings.
+        beside: the gradient by one more parameter, where it was asked for.
     """
 
     loss: Tensor | None
@@ -81,6 +82,7 @@ class Outcome:
     random: Any
     used: bool = True
     inspected: bool = False
+    beside: Tensor | None = None
 
 
 @dataclass
@@ -113,6 +115,7 @@ class Trials:
         around: Callable[[nn.Module, ExitStack], None] | None = None,
         reader: Reader | None = None,
         seed: int | None = None,
+        beside: nn.Parameter | None = None,
     ) -> Outcome:
         """The user's step on a ghost.
 
@@ -126,6 +129,7 @@ class Trials:
             around: called with the ghost, to hook it.
             reader: of host reads; see :class:`Superposition`.
             seed: of the random numbers; None goes on with those of the module.
+            beside: one more parameter to take the gradient by.
         """
         ghost = ghost_of(self.module)
         batch, superposition = self.call.batch, None
@@ -157,7 +161,7 @@ class Trials:
             states_after = random_states(self.module.parameters())
             losses = [loss_of(output)] if backwards is None else [plain(loss) for loss in backwards.losses]
             used = superposition is None or superposition.used or not superposition.holds_labels
-            outcome = heads.outcome([plain(loss) for loss in losses if loss is not None], states_after, used)
+            outcome = heads.outcome([plain(loss) for loss in losses if loss is not None], states_after, used, beside)
             if superposition is not None and superposition.inspected:
                 outcome = replace(outcome, inspected=True)
         self.superposed |= superposition is not None and superposition.holds_labels
@@ -184,7 +188,7 @@ class _Heads:
         self._called.pop(module, None)
         self._called[module] = None
 
-    def outcome(self, losses: list[Tensor], random: Any, used: bool) -> Outcome:
+    def outcome(self, losses: list[Tensor], random: Any, used: bool, beside: nn.Parameter | None) -> Outcome:
         """What the run gave."""
         if not losses:
             return Outcome(None, torch.zeros(0), 0.0, random)
@@ -192,6 +196,9 @@ class _Heads:
         modules = list(self._called)[-_HEADS:] or [self._ghost]
         parameters = [p for m in modules for p in m.parameters(recurse=m is self._ghost) if p.requires_grad]
         gradient = torch.zeros(1, dtype=torch.float64)
+        more = None
+        if loss.requires_grad and beside is not None:
+            (more,) = torch.autograd.grad(loss, [beside], allow_unused=True, retain_graph=True)
         if loss.requires_grad and parameters:
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradient = torch.cat([g.detach().double().flatten() for g in found if g is not None] or [gradient])
@@ -199,7 +206,7 @@ class _Heads:
         if torch.is_autocast_enabled(loss.device.type):
             dtypes.add(torch.get_autocast_dtype(loss.device.type))
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return Outcome(loss.detach(), gradient.to(loss.device), precision, random, used)
+        return Outcome(loss.detach(), gradient.to(loss.device), precision, random, used, more)
 
 
 class _Comparison:
