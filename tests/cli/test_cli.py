@@ -271,7 +271,7 @@ def test_a_function_makes_the_network_and_the_data_tells_the_module() -> None:
         f"--data={__name__}.Data",
     )
     assert cli.model.model.fc.out_features == 7
-    assert cli.model.test_metrics["ece"].num_classes == 7
+    assert cli.model.evaluations["test"].metrics["ece"].num_classes == 7
 
 
 def test_what_neither_data_nor_user_say_is_asked_for(capsys) -> None:
@@ -312,7 +312,7 @@ def test_layers_of_a_recipe_and_of_any_network(capsys) -> None:
     assert re.search(r"model\.layer2 +│ Sequential +│ \(5, 32, 4, 4\) +│ yes +│ yes", out)
     assert re.search(r"model\.layer1\.0\.conv1 .*│ no: bypassed", out)
     assert "layers='auto' mixes at: input, model.layer1, model.layer2" in out
-    assert "test_metrics" not in out
+    assert "evaluations" not in out
     main(
         [
             "layers",
