@@ -19,7 +19,7 @@ from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
 from lightning_manifold_mixup._step.proof import Passes
-from lightning_manifold_mixup._step.randomness import generator, global_seed
+from lightning_manifold_mixup._step.randomness import global_seed
 from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighted_layers
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
 from lightning_manifold_mixup.partners import Partners
@@ -64,9 +64,6 @@ class ManifoldMixupCallback(Callback):
         seed: of lam, partners and k; None follows ``seed_everything``. The global generators are never used.
         log_mixing: whether to log ``manifold_mixup/lam``, ``/alpha``, ``/layer`` (the index of k in S) and the loss for
             each layer, ``/loss/<layer>``, and the settings as hyperparameters.
-
-    Attributes:
-        last_draw: the draw of the batch in progress (``.layer``, ``.mix``); None where it is not mixed.
 
     Raises:
         ValueError: for a wrong argument, at construction; for layers or batch keys that are not there, in fit.
@@ -121,11 +118,16 @@ class ManifoldMixupCallback(Callback):
         self.passes = passes
         self.seed = seed
         self.log_mixing = log_mixing
-        self.last_draw: Draw | None = None
+        self._draw: Draw | None = None
         self._keys = Keys(input_key, target_key, mask_key)
         self._plan = Plan()
         self._fit: Fit | None = None
         self._announced = False
+
+    @property
+    def last_draw(self) -> Draw | None:
+        """The draw of the batch in progress; None where it is not mixed."""
+        return None if self._fit is None or self._fit.step is None else self._draw
 
     # --------------------------------------------------------------------------------------------- to be overridden
 
@@ -163,8 +165,7 @@ class ManifoldMixupCallback(Callback):
         if self._fit is None or alpha == 0 or not self.should_mix(trainer, batch_idx):
             return
         count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        shared = generator(self._plan.seed, count, stream=0)
-        own = generator(self._plan.seed, count, stream=1 + trainer.global_rank)
+        shared, own = (stream.at(count) for stream in self._fit.streams)
         if shared.random() >= self.probability:
             return
         places = self._keys.locate(batch, self.batch_dim)
@@ -192,7 +193,7 @@ class ManifoldMixupCallback(Callback):
             self._fit.arm(None, tuple(context.draw_mix().to(device) for context in contexts), places)
         else:
             self._announce(places)
-            self.last_draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
+            self._draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
             others = [self.draw_group(context, draw) for context in contexts[1:]]
             self._fit.arm(draw.layer, tuple(mix.to(device) for mix in (draw.mix, *others)), places)
 
@@ -314,8 +315,8 @@ class ManifoldMixupCallback(Callback):
             self._fit.step.check_halves()
 
     def _disarm(self) -> None:
-        self.last_draw = None
-        if self._fit is not None:
+        self._draw = None
+        if self._fit is not None and self._fit.step is not None:
             self._fit.disarm()
 
     def _restore(self) -> None:

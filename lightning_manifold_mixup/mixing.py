@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -61,15 +61,16 @@ class Mix:
     lam: Tensor
     partners: Tensor
     _permutation: bool = field(init=False, repr=False)  # known not to repeat: has the faster gradient
+    _number: float | None = field(init=False, repr=False)  # lam, where the host knows it: nobody has to ask a device
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_permutation", _check(self.lam, self.partners))
+        vars(self).update(_permutation=_check(self.lam, self.partners), _number=_number(self.lam))
 
     @classmethod
-    def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool) -> Mix:
+    def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool, number: float | None) -> Mix:
         """A mix of values that are known to be right."""
         mix = object.__new__(cls)
-        vars(mix).update(lam=lam, partners=partners, _permutation=permutation)
+        vars(mix).update(lam=lam, partners=partners, _permutation=permutation, _number=number)
         return mix
 
     def __call__(self, h: T, batch_dim: int | Sequence[int] | None = None) -> T:
@@ -141,11 +142,13 @@ class Mix:
         """The same draw on another device; the copy does not wait for the device."""
         device = torch.device(device)
         lam, partners = self.lam, self.partners
+        if lam.device == partners.device == device:
+            return self
         if device.type == "cuda":  # from pinned memory alone does a copy return before it is done
             lam, partners = (t.pin_memory() if t.device.type == "cpu" else t for t in (lam, partners))
         wait = device.type == "cpu"
         lam, partners = (t.to(device, non_blocking=not wait) for t in (lam, partners))
-        return Mix._checked(lam, partners, self._permutation)
+        return Mix._checked(lam, partners, self._permutation, self._number)
 
 
 def _check(lam: Any, partners: Any) -> bool:
@@ -177,6 +180,12 @@ def _check(lam: Any, partners: Any) -> bool:
     if n and not (indices.min() >= 0 and indices.max() < n):
         raise ValueError(f"Expected partners in 0..{n - 1}, indices into the batch of {n}, got {indices.tolist()}.")
     return n == 0 or bool(np.bincount(indices, minlength=n).max() == 1)
+
+
+def _number(lam: Tensor) -> float | None:
+    if lam.ndim or torch.compiler.is_compiling() or (value := _on_host(lam)) is None:
+        return None
+    return float(value)
 
 
 def _on_host(tensor: Tensor) -> Any:
@@ -281,11 +290,12 @@ def draw_mix(
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
         generator = np.random.default_rng(int(seed))
-    a, b = alpha if isinstance(alpha, Sequence) else (alpha, alpha)
+    a, b = (alpha, alpha) if isinstance(alpha, (int, float)) else alpha
     weight = generator.beta(a, b) if a > 0 else 1.0
-    lam = torch.tensor(max(weight, 1 - weight) if dominant else weight, dtype=torch.float32)
+    number = np.float32(max(weight, 1 - weight) if dominant else weight)
+    lam = torch.from_numpy(np.asarray(number))
     if partners is None:
-        return Mix._checked(lam, torch.from_numpy(generator.permutation(n)), permutation=True)
+        return Mix._checked(lam, torch.from_numpy(generator.permutation(n)), permutation=True, number=float(number))
     mix = Mix(lam, partners)
     if len(partners) != n:
         raise ValueError(f"Expected partners of the {n} samples, got {len(partners)}.")
@@ -294,6 +304,8 @@ def draw_mix(
 
 def check_alpha(alpha: Any) -> None:
     """Refuses an alpha for which there is no Beta(alpha, alpha), or Beta(a, b) for a pair (tuple, list, ListConfig)."""
+    if type(alpha) is float and 0 <= alpha < inf:  # as a rule, and asked of each batch
+        return
     pair = isinstance(alpha, Sequence) and not isinstance(alpha, str)
     numbers = list(alpha) if pair else [alpha]
     finite = all(isinstance(x, Real) and isfinite(x) for x in numbers)

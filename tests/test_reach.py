@@ -15,7 +15,8 @@ import lightning_manifold_mixup
 from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup.evaluation import EvaluationCallback
-from tests.helpers import LAYERS, ConvNet, Draws, assert_untouched, loader, weights_of
+from tests.helpers import LAYERS, ConvNet, assert_untouched, loader, weights_of
+from tests.helpers import Draws as _Draws
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the packages that it looks for
@@ -28,6 +29,10 @@ OPTIONS = {
     "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
     "enable_progress_bar": False, "enable_model_summary": False,
 }  # fmt: skip
+
+
+class Draws(_Draws, Callback):
+    """A callback under both names, as those of the package."""
 
 
 def classifier(host):

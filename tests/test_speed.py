@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix
+from lightning_manifold_mixup._step.fit import _reads_mode
+from lightning_manifold_mixup._step.randomness import Stream, generator
+from lightning_manifold_mixup._step.targets import plain
 
 # What reads a number from a device, or has a shape that depends on its data.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
@@ -193,6 +197,86 @@ def test_the_loss_of_many_classes_makes_nothing_dense_of_the_labels() -> None:
     with Counting() as mixed:
         F.cross_entropy(logits, mix.target(y))
     assert large(mixed, logits) <= large(two, logits)
+
+
+@pytest.mark.parametrize("stream", [0, 3])
+@pytest.mark.parametrize("counts", [(0, 1, 2), (7, 7), (2**40, 5)])
+def test_one_generator_for_all_batches_draws_what_a_new_one_for_each_would(
+    counts: tuple[int, ...], stream: int
+) -> None:
+    """Whatever the batch before has used of it, half of a 64-bit number included."""
+    kept = Stream(11, stream)
+    for count in counts:
+        ours, theirs = kept.at(count), generator(11, count, stream)
+        for number in (ours, theirs):
+            number.integers(5, dtype=np.uint32)
+        assert ours.beta(0.3, 2.0) == theirs.beta(0.3, 2.0)
+        assert ours.permutation(33).tolist() == theirs.permutation(33).tolist()
+        ours.integers(5, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"weight": torch.tensor([0.2, 1.0, 3.0])},
+        {"ignore_index": 1},
+        {"size_average": False},
+        {"reduce": False},
+        {"label_smoothing": 0.1},
+    ],
+)
+@pytest.mark.parametrize("lam", [0.25, 0.7])
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_the_short_way_through_cross_entropy(arguments: dict[str, Any], lam: float) -> None:
+    """Value and gradient are those of two plain losses, weighted by hand."""
+    logits = torch.randn(6, 3, requires_grad=True)
+    y, partners = torch.tensor([0, 1, 2, 2, 1, 0]), torch.tensor([1, 2, 3, 4, 5, 0])
+    loss = plain(F.cross_entropy(logits, Mix(torch.tensor(lam), partners).target(y), **arguments))
+    first, second = (F.cross_entropy(logits, labels, **arguments) for labels in (y, y[partners]))
+    expected = lam * first + (1 - lam) * second
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+class Own(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(x)
+
+    def of(self, x: Tensor) -> Tensor:
+        return x if self.training else 2 * x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Own(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.LayerNorm(6),
+        nn.Dropout(),
+        nn.AlphaDropout(),
+        nn.RReLU(),
+        nn.BatchNorm1d(6),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+        nn.LSTM(6, 6, num_layers=2, dropout=0.5),
+        nn.MultiheadAttention(6, 2, dropout=0.5),
+        nn.TransformerEncoderLayer(6, 2, 8),
+    ],
+)
+def test_no_module_that_asks_for_its_mode_is_left_out_of_what_is_watched(layer: nn.Module) -> None:
+    x = torch.randn(4, 6)
+    outputs = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        output = layer.train(training)(*[x] * (3 if isinstance(layer, nn.MultiheadAttention) else 1))
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+    depends = not torch.equal(*outputs)
+    assert depends <= any(_reads_mode(type(part)) for part in layer.modules())
+    assert depends or not _reads_mode(type(layer))
 
 
 def large(counting: Counting, logits: Tensor) -> int:

@@ -252,7 +252,8 @@ def _with(node: Any, values: Mapping[Any, Any]) -> Any:
         return parts if kind is list else tuple(parts)
     if hasattr(node, "_fields"):
         return node._replace(**values)
-    new = copy.copy(node)
+    # `copy.copy` of a tensorclass shares its values before tensordict 0.15: the user's own batch would change.
+    new = node.clone(recurse=False) if "_tensordict" in getattr(node, "__dict__", ()) else copy.copy(node)
     for part, value in values.items():
         if isinstance(part, int) or _by_key(node):
             new[part] = value

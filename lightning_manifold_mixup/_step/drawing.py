@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -79,8 +81,8 @@ class DrawContext:
 
     def draw_layer(self) -> str:
         """k, drawn from S by the layers' weights; the same on all ranks."""
-        names, weights = list(self.layers), np.cumsum(list(self.layers.values()))
-        return names[int(np.searchsorted(weights, self.shared.random() * weights[-1], side="right"))]
+        names, weights = list(self.layers), list(accumulate(self.layers.values()))
+        return names[bisect_right(weights, self.shared.random() * weights[-1])]
 
     def draw_mix(self) -> Mix:
         """Lam ~ Beta(alpha, alpha), and a partner for each sample."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
@@ -20,6 +22,7 @@ from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, se
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
+from lightning_manifold_mixup._step.randomness import Stream
 from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
@@ -29,6 +32,7 @@ from lightning_manifold_mixup.mixing import Mix
 
 # Operations of the loss that tell whether it is built as before, from the loss backwards.
 _OPERATIONS = 16
+_is_training = attrgetter("training")
 
 
 @dataclass
@@ -86,6 +90,8 @@ class Fit:
     def __init__(self, trainer: Any, module: Any, options: Options, plan: Plan) -> None:
         self.trainer, self.module, self.options, self.plan = trainer, module, options, plan
         self.proof = Proof(trainer, options.self_check, options.passes, plan.passes)
+        # Numbers that all ranks share, and those of this one.
+        self.streams = tuple(Stream(plan.seed, stream) for stream in (0, 1 + trainer.global_rank))
         self.step: Step | None = None
         self.call_settles = False
         self._settled: _Settled | None = None
@@ -95,7 +101,7 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers(lenient=False)
-        self._parts = list(module.modules())
+        self._parts = [part for part in module.modules() if _reads_mode(part.__class__)]
         self._stack = ExitStack()
         plain_metrics(module, self._stack)
         self._criteria = ExitStack()
@@ -131,7 +137,7 @@ class Fit:
             self._site(layer or "", places),
             mixes,
             self._hooks.get(layer) if layer else None,
-            Superposition(mixes[0].lam).to(device),
+            Superposition(mixes[0].lam, mixes[0]._number).to(device),
         )
         self.call_settles = layer is None
         for hook in self._target_hooks:
@@ -162,11 +168,11 @@ class Fit:
         assert step is not None
         call = Call(args, kwargs)
         if self._settled is None and (settled := self._settle(training_step, call)) is not None:
-            return settled[0]  # observed as it ran
+            self.disarm()  # it ran as it was observed: unmixed
+            return settled[0]
         if self.call_settles:
             self._prove(list(self.plan.layers or ()), step, call)
             return training_step(*args, **kwargs)
-        step.site = self._site(step.site.layer, step.site.places)
         if not self._checked:
             self._prove(self.proof.due(list(self.plan.layers or ()), step.site.layer, self._mixed), step, call)
             self._mixed += 1
@@ -186,27 +192,31 @@ class Fit:
             return step.beside_clean(training_step, call, self.options.clean_weight, passes)
         if passes == 2:
             return step.twice(training_step, call)
-        states = random_states(()) if self.options.passes == "auto" else None
+        # Where the oracles have seen nothing that superposition cannot follow, a batch that it cannot follow after all
+        # runs again with the random numbers that come next.
+        proven = self.proof.enabled and self.proof.passes == 1 and not self.proof.reads
+        states = None if proven or self.options.passes != "auto" else random_states(())
         try:
             return step.once(training_step, call)
         except SuperpositionError as error:
-            if states is None or not self.module.automatic_optimization:
+            if self.options.passes != "auto" or not self.module.automatic_optimization:
                 raise
-            set_random_states(states)
+            if states is not None:
+                set_random_states(states)
             self.proof.run_twice(str(error).split(". ")[0])
             return step.twice(training_step, call)
 
     def _signature(self, step: Step, output: Any) -> Any:
         """What tells that a training step is built as before: its batch, modes, calls and the end of its graph."""
         loss = loss_of(output)
-        names: list[str] = []
+        names: list[type] = []
         queue: list[Any] = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
         while queue and len(names) < _OPERATIONS:
             function = queue.pop(0)
-            names.append(function.name())
+            names.append(type(function))
             queue += [following for following, _ in function.next_functions if following is not None]
         calls = step.hook.calls if step.hook is not None else 0
-        modes = tuple([part.training for part in self._parts])
+        modes = tuple(map(_is_training, self._parts))
         return id(step.site.places), modes, calls, self._answers.asked > 0, tuple(names)
 
     # ---------------------------------------------------------------------------------------------- the first batch
@@ -257,6 +267,7 @@ class Fit:
             rank_zero_info(f"Manifold Mixup: the float target at {key!r} is treated as classes ({line}).")
         self._settled = _Settled(classes=frozenset(seen.classes))
         self._settle_layers(seen.report)
+        step.site = self._site(step.site.layer, places)
         return real
 
     def _settle_layers(self, report: LayerReport) -> None:
@@ -311,6 +322,18 @@ def _cycle(n: int, generator: np.random.Generator, rows: Tensor | None) -> Any:
     partners = np.arange(n)
     partners[order] = np.roll(order, -1)
     return partners
+
+
+@cache
+def _reads_mode(kind: type) -> bool:
+    """Whether modules of a class may run otherwise in eval mode: all but those of PyTorch's that never ask.
+
+    A linear layer does not, and the flags of a large network lie far apart in memory.
+    """
+    if not kind.__module__.startswith("torch.nn."):
+        return True
+    functions = [function for cls in kind.__mro__ if cls is not nn.Module for function in vars(cls).values()]
+    return any("training" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in functions)
 
 
 def _announce_default(layers: Sequence[str]) -> None:

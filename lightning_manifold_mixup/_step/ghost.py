@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, eager
+from lightning_manifold_mixup._step.rebinding import rebind
 
 
 class NoGhostError(Exception):
@@ -65,6 +66,7 @@ def ghost_of(module: nn.Module) -> Any:
     try:
         with _copyable():
             ghost = copy.deepcopy(module, memo)
+            rebind(ghost, memo)
     except Exception as error:  # of whatever object the user keeps there
         raise NoGhostError(f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error})") from error
     for name, original in (getattr(ghost, "_compiler_ctx", None) or {}).items():

@@ -27,7 +27,7 @@ class MixingHook:
     Attributes:
         mixes: the draw to apply, one for each group of samples that passes the layer; empty lets every state through.
         calls: how many states have been mixed since the hook was armed.
-        in_eval: whether modules in eval mode are mixed, too.
+        in_eval: whether all forward passes are mixed: also those in eval mode, and clean ones (``with unmixed():``).
     """
 
     def __init__(self, batch_dim: int | None = None, dims: Sequence[int | None] | None = None) -> None:
@@ -49,7 +49,8 @@ class MixingHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The mixed output, or None to leave it as it is."""
-        if not self.mixes or is_unmixed() or not (module.training or self.in_eval) or not is_training_forward():
+        wanted = self.in_eval or (module.training and not is_unmixed())
+        if not self.mixes or not wanted or not is_training_forward():
             return None
         from lightning_manifold_mixup.mixing import batch_dims
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -43,7 +43,14 @@ def hyperparameters(loggers: Iterable[Any], callback: Any) -> None:
         "layers": ", ".join(f"{index}: {name}" for index, name in enumerate(callback.layers_)),
         "probability": callback.probability,
         "seed": callback.state_dict()["seed"],
-        **{name: version(name) for name in ("lightning-manifold-mixup", "torch")},
+        **{name: _version(name) for name in ("lightning-manifold-mixup", "lightning", "torch")},
     }
     for logger in loggers:
         logger.log_hyperparams({f"{PREFIX}/{name}": value for name, value in values.items()})
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a copy of the source that is not installed
+        return "not installed"

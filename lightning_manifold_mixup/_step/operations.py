@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_manifold_mixup._step.targets import (
     REMEDY,
+    MixedTarget,
     Superposition,
     SuperpositionError,
     _shown,
@@ -31,6 +32,8 @@ Rule = Callable[[str, Function, Any, Any, Superposition], Any]
 
 def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
+    if func is F.cross_entropy and len(args) == 2 and (losses := _plain_cross_entropy(args, kwargs)) is not None:
+        return losses
     name = _name(func)
     sources = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
     if not sources:  # the training step is over
@@ -173,6 +176,29 @@ def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposit
     return _on_both(name, F.nll_loss, (log_probabilities, target), kwargs, superposition)
 
 
+def _plain_cross_entropy(args: Any, kwargs: Any) -> Any:
+    """What :func:`_cross_entropy` comes to in the usual case, where a step has little to do but Python; else None."""
+    logits, target = args
+    if (
+        isinstance(logits, _Superposed)
+        or not isinstance(target, MixedTarget)
+        or not (superposition := target._superposition).open
+        or superposition.lam.ndim
+        or kwargs.get("label_smoothing")
+        or isinstance(kwargs.get("weight"), _Superposed)
+        or not (kwargs.get("size_average") is kwargs.get("reduce") is None)
+        or torch.is_autocast_enabled(logits.device.type)
+    ):
+        return None
+    log_probabilities = F.log_softmax(logits, dim=min(logits.ndim - 1, 1))
+    weight, reduction = kwargs.get("weight"), kwargs.get("reduction", "mean")
+    ignore = kwargs.get("ignore_index", -100)
+    first = F.nll_loss(log_probabilities, target._first, weight, ignore_index=ignore, reduction=reduction)
+    second = F.nll_loss(log_probabilities, target._second, weight, ignore_index=ignore, reduction=reduction)
+    superposition.used |= first.requires_grad
+    return paired(first, second, superposition, averaged=first.requires_grad)
+
+
 def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Losses of samples, each with a lam of its own: weighted before they are summed up."""
     if not superposition.lam.ndim:
@@ -242,12 +268,19 @@ def _second(value: Tensor) -> Tensor:
     return value._second if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
 
 
+def _originally(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The value under the original labelling, and under that of the partners."""
+    if isinstance(value, _Superposed) and value._superposition.open:
+        return value._superposition.ordered(value._first, value._second)
+    return _closed(value), _closed(value)
+
+
 def _labels(value: Tensor) -> Tensor:
-    return value.labels if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+    return _originally(value)[0]
 
 
 def _partners(value: Tensor) -> Tensor:
-    return value.partners if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+    return _originally(value)[1]
 
 
 def _closed(value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -71,6 +71,7 @@ class Outcome:
         precision: the relative accuracy of the loss.
         random: the states of the random generators at the end.
         used: whether the loss has used the labels in superposition.
+        inspected: whether the step knows of the superposition, and has asked for one of the labellings.
     """
 
     loss: Tensor | None
@@ -78,6 +79,7 @@ class Outcome:
     precision: float
     random: Any
     used: bool = True
+    inspected: bool = False
 
 
 @dataclass
@@ -155,6 +157,8 @@ class Trials:
             losses = [loss_of(output)] if backwards is None else [plain(loss) for loss in backwards.losses]
             used = superposition is None or superposition.used or not superposition.holds_labels
             outcome = heads.outcome([plain(loss) for loss in losses if loss is not None], states_after, used)
+            if superposition is not None and superposition.inspected:
+                outcome = replace(outcome, inspected=True)
         self.superposed |= superposition is not None and superposition.holds_labels
         self.unfit |= {name for name, hook in hooks.items() if hook.unfit}
         self.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
@@ -343,6 +347,8 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
                 got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
         except Exception as error:  # whatever the user's code makes of tensors that it was not written for
             return Finding(Verdict.FAILED, _first_line(error)), asked
+        if got.inspected:
+            return Finding(Verdict.UNDECIDED, "the step asks for `.labels`, `.partners` or `.lam` itself"), asked
         finding = _compared(got, wanted, labels, partners)
         if answer and finding.verdict is Verdict.FAILED:
             return Finding(Verdict.FAILED, "Python code reads a value that depends on the labels, and uses it"), asked

@@ -22,6 +22,7 @@ from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import plain_metrics
 from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
+from lightning_manifold_mixup._step.switches import input_mixed
 from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
@@ -114,9 +115,11 @@ class Site:
             if labels:
                 mix = labels[number]
                 for key in group.targets:
-                    classes = key in self.classes
-                    values[key] = apply_to_collection(
-                        self.places.of(batch, key), Tensor, self._label, mix, how, superposition, classes
+                    target, classes = self.places.of(batch, key), key in self.classes
+                    values[key] = (
+                        self._label(target, mix, how, superposition, classes)
+                        if isinstance(target, Tensor)
+                        else apply_to_collection(target, Tensor, self._label, mix, how, superposition, classes)
                     )
                 for key in group.masks:
                     values[key] = _mask(self.places.of(batch, key), mix.partners, permuted)
@@ -143,7 +146,10 @@ class Site:
             return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
         if how == "labels":
             return target
-        partners = target.index_select(dim, mix.partners.to(target.device, non_blocking=True))
+        indices = mix.partners
+        if indices.device != target.device:
+            indices = indices.to(target.device, non_blocking=True)
+        partners = target.index_select(dim, indices)
         if how == "partners":
             return partners
         assert superposition is not None
@@ -203,7 +209,7 @@ class Step:
         self.module, self.site, self.mixes, self.hook = module, site, mixes, hook
         self.superposition = superposition
         self.reader: Reader | None = None
-        self.equal_labels = False
+        self._mixing = hook  # or the hook of the ghost that is mixed in the module's place
 
     def once(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
         """One pass, with the labels in superposition. An LBFGS closure comes here several times, mixed the same."""
@@ -214,9 +220,11 @@ class Step:
         superposition.open, superposition.used, superposition.reader = True, False, self.reader
         try:
             batch = self.site.mixed(call.batch, self.mixes, self.mixes, "superposed", superposition)
-            output = call.of(training_step, batch)
+            with input_mixed(self.site.layer == INPUT):
+                output = call.of(training_step, batch)
             self._check(output, hook, superposition, batch)
-            return plain(output)
+            output = plain(output)  # nobody holds the superposed one from here on, unless the step has kept it
+            return output
         finally:
             superposition.close()
 
@@ -251,7 +259,8 @@ class Step:
         if hook is not None:
             hook.arm(self.mixes)
         batch = self.site.mixed(call.batch, self.mixes, self.mixes, how, self.superposition)
-        output = call.of(training_step, batch)
+        with input_mixed(self.site.layer == INPUT):
+            output = call.of(training_step, batch)
         self._check(output, hook, None, batch)
         return output
 
@@ -263,7 +272,7 @@ class Step:
         after = random_states(self.module.parameters())
         set_random_states(states)
         plain_metrics(ghost, ExitStack())
-        hook = self.site.hook(ghost, self.mixes, ExitStack())
+        self._mixing = hook = self.site.hook(ghost, self.mixes, ExitStack())
         mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, call, hook)
         set_random_states(after)
         loss, other = loss_of(clean), loss_of(mixed)
@@ -279,8 +288,7 @@ class Step:
             return
         if self.site.layer != INPUT and hook is not None and not hook.calls:
             raise self.unmixed()
-        unused = superposition is not None and superposition.holds_labels and not superposition.used
-        if unused and not self.equal_labels:
+        if superposition is not None and superposition.holds_labels and not superposition.used:
             raise self.unused_target(batch)
 
     def check_halves(self) -> None:
@@ -289,7 +297,8 @@ class Step:
         Raises:
             MixingError: if only one half of the promise was kept so far.
         """
-        if self.superposition.used and self.hook is not None and not self.hook.calls:
+        hook = self._mixing if self.site.layer != INPUT else None
+        if hook is not None and self.superposition.used and not hook.calls:
             raise self.unmixed()
 
     @property

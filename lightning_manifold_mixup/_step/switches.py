@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 _mixing = 0
 _unmixed = 0
+_input_mixed = 0
 
 
 @contextmanager
@@ -42,6 +43,10 @@ def unmixed() -> Iterator[None]:
     does an input that was mixed. Keep it open during ``backward()`` if layers of the clean pass are recomputed there
     (activation checkpointing).
 
+    Raises:
+        MixingError: in a training step whose input was mixed, so that there is no clean pass: take ``"input"`` out of
+            S, or use ``clean_weight``.
+
     Example:
         >>> import torch
         >>> from lightning_manifold_mixup import Mix, mixing
@@ -54,11 +59,35 @@ def unmixed() -> Iterator[None]:
         ([[1.0], [3.0]], [[0.0], [4.0]])
     """
     global _unmixed
+    if _input_mixed:
+        raise_input_is_mixed()
     _unmixed += 1
     try:
         yield
     finally:
         _unmixed -= 1
+
+
+@contextmanager
+def input_mixed(really: bool) -> Iterator[None]:
+    """A training step runs, and its input is mixed."""
+    global _input_mixed
+    _input_mixed += really
+    try:
+        yield
+    finally:
+        _input_mixed -= really
+
+
+def raise_input_is_mixed() -> None:
+    """Says so."""
+    from lightning_manifold_mixup._step.targets import MixingError
+
+    raise MixingError(
+        "`with unmixed():` in a step whose input is mixed (k is 'input'): a forward pass on it would not be clean. Use "
+        "`clean_weight` of the callback, which runs the step on the plain batch beside it, or take 'input' out of "
+        "`layers`."
+    )
 
 
 def is_unmixed() -> bool:

@@ -43,20 +43,24 @@ class Superposition:
 
     Attributes:
         lam: weight of the original labelling; 0-d, or (n,) if each sample has a lam of its own.
+        number: lam, where the host knows it.
         swapped: whether the dominant labels are those of the partners; a bool tensor where only the device knows.
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
+        inspected: whether the code knows of the superposition: it has asked for one of the labellings.
         open: until :meth:`close`; from then on its tensors are ordinary ones.
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
     """
 
-    def __init__(self, lam: Tensor) -> None:
+    def __init__(self, lam: Tensor, number: float | None = None) -> None:
         self.lam = lam
+        self.number = number
         # The host knows lam without asking a device wherever it was drawn.
         on_host = lam.device.type == "cpu" and lam.ndim == 0
-        self.swapped: bool | Tensor = bool(lam < 0.5) if on_host else lam < 0.5
+        self.swapped: bool | Tensor = number < 0.5 if number is not None else bool(lam < 0.5) if on_host else lam < 0.5
         self.used = False
         self.holds_labels = False
+        self.inspected = False
         self.open = True
         self.reader: Reader | None = None
         self._alive: list[weakref.ref[Tensor]] = []
@@ -70,8 +74,11 @@ class Superposition:
                 self.swapped = self.swapped.pin_memory().to(device, non_blocking=True)
         return self
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[float, float]:
         """Of the dominant labelling and of the other."""
+        if self.number is not None and not torch.compiler.is_compiling():  # a graph must not hold one batch's lam
+            other = 1 - self.number
+            return (other, self.number) if self.swapped else (self.number, other)
         lam = self.lam.to(dtype)
         return self.ordered(lam, 1 - lam)
 
@@ -115,9 +122,11 @@ class Superposition:
             )
         dtype = torch.promote_types(first.dtype, torch.float32)
         one, other = self.weights(dtype)
-        if lam.ndim:
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and lam.ndim:
             shape = lam.shape + (1,) * (first.ndim - 1)
             one, other = one.reshape(shape), other.reshape(shape)
+        if dtype == first.dtype == second.dtype:
+            return one * first + other * second
         return (one * first.to(dtype) + other * second.to(dtype)).to(first.dtype)
 
     def close(self) -> None:
@@ -127,13 +136,15 @@ class Superposition:
             self._reduced.open = False
         for reference in self._alive:
             if (tensor := reference()) is not None:
-                with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-                    shown = _shown(tensor).detach() if tensor._averaged else None  # type: ignore[attr-defined]
-                    tensor.__class__ = Tensor
-                    if shown is not None:
-                        tensor.data = shown
-                    for name in _Superposed.__annotations__:
-                        delattr(tensor, name)
+                shown = None
+                if tensor._averaged:  # type: ignore[attr-defined]
+                    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+                        shown = _shown(tensor).detach()
+                tensor.__class__ = Tensor
+                if shown is not None:
+                    tensor.data = shown
+                for name in _Superposed.__annotations__:
+                    delattr(tensor, name)
         self._alive.clear()
 
 
@@ -174,12 +185,16 @@ class _Superposed(Tensor):
     @property
     def labels(self) -> Tensor:
         """The value under the original labelling, weight lam."""
-        return self._superposition.ordered(self._first, self._second)[0]
+        return self._inspected()[0]
 
     @property
     def partners(self) -> Tensor:
         """The value under the partners' labelling, weight 1 - lam."""
-        return self._superposition.ordered(self._first, self._second)[1]
+        return self._inspected()[1]
+
+    def _inspected(self) -> tuple[Tensor, Tensor]:
+        self._superposition.inspected = True
+        return self._superposition.ordered(self._first, self._second)
 
     @property
     def lam(self) -> Tensor:
@@ -263,6 +278,8 @@ def plain(tree: Any) -> Any:
     if type(tree) is Tensor:
         return tree
     with torch._C.DisableTorchFunctionSubclass():
+        if isinstance(tree, Tensor):
+            return _shown(tree)
         return apply_to_collection(tree, _Superposed, _shown, allow_frozen=True)
 
 

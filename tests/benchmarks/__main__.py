@@ -1,4 +1,4 @@
-"""Run all benchmarks, or some: ``python -m tests.benchmarks [mix] [step] [layers] [growth] [imports] [--plot PNG]``.
+"""Run all benchmarks, or some: ``python -m tests.benchmarks [SECTION ...] [--plot PNG]``.
 
 From the root of the repository; about ten minutes on one core. All numbers are ratios of medians of things done in turn
 in one process, unless a unit is given.
@@ -15,14 +15,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import bench_layers, growth, imports, mix, step
+from . import bench_layers, growth, imports, mix, overhead, self_check, step
 from .measure import Measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "sections", nargs="*", metavar="section", help="mix, step, layers, growth, imports; all if none"
+        "sections",
+        nargs="*",
+        metavar="section",
+        help="mix, step, overhead, self_check, layers, growth, imports; all if none",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -37,6 +40,8 @@ def main() -> None:
     sections = {
         "mix": partial(mix.run, measure),
         "step": partial(step.run, measure, arguments.rounds),
+        "overhead": partial(overhead.run, measure, arguments.rounds),
+        "self_check": partial(self_check.run, measure, arguments.rounds),
         "layers": partial(bench_layers.run, measure, arguments.rounds),
         "growth": partial(growth.run, measure, arguments.plot),
         "imports": partial(imports.run, measure),

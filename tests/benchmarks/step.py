@@ -145,11 +145,14 @@ class PerSample(Peer):
         return torch.lerp(second, first, lam).mean()
 
 
+WARM_UP = 2
+
+
 class Spy(L.Callback):
     """Times the steps, the first ones aside; or takes the peak of memory of the last, beyond what is held before it."""
 
-    def __init__(self, measure: Measure, steps: int, memory: bool = False) -> None:
-        self.measure, self.steps, self.memory = measure, steps, memory
+    def __init__(self, measure: Measure, steps: int, memory: bool = False, warm_up: int = WARM_UP) -> None:
+        self.measure, self.steps, self.memory, self.warm_up = measure, steps, memory, warm_up
         self.times: list[float] = []
         self.peak = 0
         self._start = 0.0
@@ -161,7 +164,7 @@ class Spy(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         now = self.measure.now()
-        if batch_idx > WARM_UP:
+        if batch_idx > self.warm_up:
             self.times.append(now - self._start)
         if self.memory and batch_idx == self.steps - 1:
             self.measure.from_here()
@@ -173,12 +176,9 @@ class Spy(L.Callback):
             self.peak = self._result[0]
 
 
-WARM_UP = 2
-
-
 def fit(measure: Measure, module: Classifier, shape: tuple[int, ...], classes: int, steps: int, **kwargs: Any) -> Spy:
-    """Some steps of training; kwargs are `memory`, `callbacks` and of the Trainer."""
-    spy = Spy(measure, steps, kwargs.pop("memory", False))
+    """Some steps of training; kwargs are `memory`, `warm_up`, `callbacks` and of the Trainer."""
+    spy = Spy(measure, steps, kwargs.pop("memory", False), kwargs.pop("warm_up", WARM_UP))
     options: dict[str, Any] = {"accelerator": "gpu" if measure.device == "cuda" else "cpu", "devices": 1} | kwargs
     trainer = L.Trainer(
         max_epochs=1,
