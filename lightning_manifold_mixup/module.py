@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetric
 from torchmetrics.classification import MulticlassCalibrationError
@@ -65,7 +66,8 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
     another ``draw``, for instance), give it to the Trainer and set ``alpha=0`` here.
 
     ``load_from_checkpoint(path, model=network)`` takes all arguments from the checkpoint but ``model``, ``optimizer``
-    and ``lr_scheduler``: these hold code, which a checkpoint does not. Hand the last two as well to go on training.
+    and ``lr_scheduler``: these hold code, which a checkpoint does not. Hand the last two as well to go on training. A
+    checkpoint of a LightningCLI has them, too: it holds the configuration.
 
     Args:
         model: maps inputs to (n, num_classes) logits.
@@ -128,6 +130,9 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
 
     def _save(self, hyperparameters: dict[str, Any], without: Sequence[str] = ()) -> None:
         """For load_from_checkpoint."""
+        if _given_hyperparameters.get() is not None:  # by a LightningCLI, which knows how to make all of it again
+            self.save_hyperparameters()
+            return
         # Lightning would compare them with the arguments of a subclass, which may be arrays.
         known = {*hyperparameters, *self.hparams}
         others = [name for name in inspect.signature(type(self)).parameters if name not in known]

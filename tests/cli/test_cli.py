@@ -203,6 +203,20 @@ def test_print_config_can_be_run(capsys, tmp_path) -> None:
     assert "test error" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recipe", ["digits", "semi_digits"])
+def test_a_checkpoint_has_all_that_the_configuration_says(recipe, tmp_path) -> None:
+    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=true"]
+    main(["fit", f"--config={recipe}", *options, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    cli = made(f"--config={recipe}")
+    loaded = type(cli.model).load_from_checkpoint(checkpoint)
+    assert type(loaded.model) is type(cli.model.model)
+    assert loaded.optimizer.keywords == cli.model.optimizer.keywords
+    assert (loaded.mixup.alpha, loaded.mixup.layers) == (cli.model.mixup.alpha, cli.model.mixup.layers)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
+
+
 def test_validate_test_and_predict(capsys, tmp_path) -> None:
     common = [*TINY, "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     common.append("--trainer.enable_checkpointing=true")
