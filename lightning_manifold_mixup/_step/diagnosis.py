@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -29,10 +30,10 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
     """
     wrong = trials.run(site, states=mixes, train=train)
 
-    def restored(**conditions: Any) -> bool:
+    def restored(where: Site = site, **conditions: Any) -> bool:
         conditions = {"states": mixes, "labels": mixes, "how": "partners"} | conditions
         try:
-            outcome = trials.run(site, train=train, **conditions)
+            outcome = trials.run(where, train=train, **conditions)
         except Exception:  # a part of the batch that cannot be permuted is none that we look for
             return False
         return outcome.loss is not None and _Comparison(outcome, plain_run, wrong).value[0]
@@ -57,6 +58,9 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
             "state depends on them. Mix at a layer before they enter, or hand them to the network and to the loss "
             "under two keys of the batch."
         )
+    for dim in (0, 1):
+        if site.layer != INPUT and restored(dataclasses.replace(site, batch_dim=dim, dims={})):
+            return f"The samples are in dimension {dim} of the state at {site.layer!r}: set `batch_dim={dim}`."
     module = next((name for name in _modules_aside(trials, site) if restored(around=_permuting(name, mixes))), None)
     if module is not None:
         return (

@@ -23,7 +23,8 @@ from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_pl
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.randomness import Stream
-from lightning_manifold_mixup._step.self_check import Answers, Mixes, Trials
+from lightning_manifold_mixup._step.reads import Answers
+from lightning_manifold_mixup._step.self_check import Mixes, Trials
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
 from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
@@ -177,16 +178,18 @@ class Fit:
             self._prove(self.proof.due(list(self.plan.layers or ()), step.site.layer, self._mixed), step, call)
             self._mixed += 1
         output = self._evaluated(training_step, step, call)
-        if not self._checked and self.proof.is_new(step.site.layer, self._signature(step, output)):
+        calls = step.hook.calls if step.hook is not None else 0
+        if self.proof.is_new(step.site.layer, self._signature(step, output), calls, self._checked):
             passes = self.proof.passes
-            self._prove([step.site.layer], step, call, jointly=False)  # other ranks may have seen nothing new
+            self._prove([step.site.layer], step, call, again=True)
             if self.proof.passes != passes:
                 output = self._evaluated(training_step, step, call)
         self._checked = True
         return output
 
     def _evaluated(self, training_step: Callable[..., Any], step: Step, call: Call) -> Any:
-        passes = self.proof.passes or 1
+        able = self.module.automatic_optimization and not step.superposition.lam.ndim
+        passes = self.proof.passes_at(step.site.layer) if able else self.proof.passes or 1
         step.reader = self._answers = Answers(lenient=self.options.passes == 1 or self.proof.reads > 0)
         if self.options.clean_weight:
             return step.beside_clean(training_step, call, self.options.clean_weight, passes)
@@ -203,25 +206,27 @@ class Fit:
                 raise
             if states is not None:
                 set_random_states(states)
-            self.proof.run_twice(str(error).split(". ")[0])
+            self.proof.run_twice(str(error).split(". ")[0], again=True)
             return step.twice(training_step, call)
 
     def _signature(self, step: Step, output: Any) -> Any:
-        """What tells that a training step is built as before: its batch, modes, calls and the end of its graph."""
+        """What tells that a training step is built as before: its batch, modes and the end of its graph."""
         loss = loss_of(output)
         names: list[type] = []
         queue: list[Any] = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
         while queue and len(names) < _OPERATIONS:
             function = queue.pop(0)
+            if function.name() == "InterpolateBackward":  # ours, elsewhere for each layer
+                queue.insert(0, function.next_functions[0][0])
+                continue
             names.append(type(function))
             queue += [following for following, _ in function.next_functions if following is not None]
-        calls = step.hook.calls if step.hook is not None else 0
         modes = tuple(map(_is_training, self._parts))
-        return id(step.site.places), modes, calls, self._answers.asked > 0, tuple(names)
+        return id(step.site.places), modes, self._answers.asked > 0, tuple(names)
 
     # ---------------------------------------------------------------------------------------------- the first batch
 
-    def _prove(self, layers: Sequence[str], step: Step, call: Call, jointly: bool = True) -> None:
+    def _prove(self, layers: Sequence[str], step: Step, call: Call, again: bool = False) -> None:
         if not layers or not self.proof.enabled:
             return
         assert self._settled is not None
@@ -238,7 +243,7 @@ class Fit:
         )
         trials = Trials(self.module, call) if min(sizes) > 1 else None
         sites = [self._site(layer, places) for layer in layers]
-        self.proof.check(trials, sites, permutations, draws, self._mixed, jointly)
+        self.proof.check(trials, sites, permutations, draws, self._mixed, again)
         self.plan.passes = self.proof.passes
         if trials is not None and trials.superposed:
             self._hook_criteria(sorted(trials.fired))

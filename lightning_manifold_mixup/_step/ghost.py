@@ -10,15 +10,16 @@ import contextlib
 import copy
 import copyreg
 import io
-import os
 import random
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -72,6 +73,11 @@ def ghost_of(module: nn.Module) -> Any:
     for name, original in (getattr(ghost, "_compiler_ctx", None) or {}).items():
         if name.startswith("original_"):  # of a module compiled as a whole: functions of the module, not of the copy
             vars(ghost)[name.removeprefix("original_")] = original
+    if isinstance(vars(ghost).get("training_step"), types.FunctionType):
+        # A wrapper that somebody has put there calls the step of the module itself, not that of the copy.
+        if getattr(type(module), "training_step", None) is pl.LightningModule.training_step:
+            raise NoGhostError(f"the training step of {type(module).__name__} is a function set on the module itself")
+        del vars(ghost)["training_step"]
     for part in ghost.modules():
         if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
             vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without
@@ -237,13 +243,25 @@ def _shared(value: Any) -> str:
 
 
 def _file(value: Any) -> Any:
+    text = isinstance(value, io.TextIOWrapper)
     if value.closed or value.writable():
-        return open, (os.devnull, "wb" if "b" in getattr(value, "mode", "") else "w")
-    return _reopened, (value.name, value.mode, value.tell())
+        return (io.StringIO if text else io.BytesIO), ()
+    return _reopened, (value.name, value.tell(), value.encoding if text else None)
 
 
-def _reopened(name: str, mode: str, position: int) -> Any:
-    file = open(name, mode)  # noqa: SIM115
+class _Quiet(io.FileIO):
+    """A file that nobody closes, as nobody knows of it: the ghost takes it along."""
+
+    def _dealloc_warn(self, source: Any) -> None:
+        """No warning that it was not closed, when what reads it goes."""
+
+    def __del__(self) -> None:
+        self.close()  # nor when it goes itself
+
+
+def _reopened(name: str, position: int, encoding: str | None) -> Any:
+    binary = io.BufferedReader(_Quiet(name))
+    file = binary if encoding is None else io.TextIOWrapper(binary, encoding)
     file.seek(position)
     return file
 

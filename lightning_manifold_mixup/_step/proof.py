@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_manifold_mixup._step.diagnosis import explain
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
-from lightning_manifold_mixup._step.self_check import Mixes, Outcome, Trials, Verdict, pair, swap
+from lightning_manifold_mixup._step.self_check import UNUSED, Mixes, Outcome, Trials, Verdict, pair, swap
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
 
@@ -38,11 +38,12 @@ class Proof:
         self._wanted = passes
         self.passes = 2 if passes == 2 else decided
         self.reads = 0
-        self._open: set[str] = set()  # layers on which some rank has no verdict yet
-        self._verdicts: dict[str, Verdict] = {}  # of this rank, in the check that is running
+        self._open: set[tuple[str, str]] = set()  # oracles without a verdict yet on some rank, each with its layer
+        self._verdicts: dict[tuple[str, str], Verdict] = {}  # of this rank, in the check that is running
         self._next = 10
         self._retry_at = 0
-        self._seen: dict[str, set[Any]] = {}
+        self._seen: set[Any] = set()
+        self._calls: dict[str, set[int]] = {}
         self._rechecks = 0
         self._said: set[str] = set()
 
@@ -61,16 +62,35 @@ class Proof:
         if mixed >= self._next:
             self._next *= 10
             return [layer]
-        if layer in self._open and mixed >= self._retry_at:
+        if self._is_open(layer) and mixed >= self._retry_at:
             return [layer]
         return []
 
-    def is_new(self, layer: str, signature: Any) -> bool:
-        """Whether a training step was built otherwise than all before it at this layer."""
-        seen = self._seen.setdefault(layer, set())
-        known = not seen or signature in seen
-        seen.add(signature)
-        if known or not self.enabled or self._rechecks >= _RECHECKS:
+    def passes_at(self, layer: str) -> int:
+        """How often the training step runs for a batch that is mixed at a layer.
+
+        Twice also where the pair oracle could not tell yet: that is exact for any code.
+        """
+        unproven = self._wanted == "auto" and ("pair", layer) in self._open
+        return 2 if unproven else self.passes or 1
+
+    def _is_open(self, layer: str) -> bool:
+        return any(where == layer for _, where in self._open)
+
+    def is_new(self, layer: str, signature: Any, calls: int, checked: bool) -> bool:
+        """Whether a training step was built otherwise than all before it.
+
+        Args:
+            layer: where it was mixed.
+            signature: of the step, whatever the layer.
+            calls: how often the layer was called.
+            checked: whether the oracles have been asked about this batch.
+        """
+        known = not self._seen or signature in self._seen
+        known &= calls in self._calls.setdefault(layer, {calls})
+        self._seen.add(signature)
+        self._calls[layer].add(calls)
+        if known or checked or not self.enabled or self._rechecks >= _RECHECKS:
             return False
         self._rechecks += 1
         return True
@@ -82,7 +102,7 @@ class Proof:
         permutations: Mixes,
         draws: Mixes,
         mixed: int,
-        jointly: bool = True,
+        again: bool = False,
     ) -> None:
         """Asks both oracles about a batch.
 
@@ -92,48 +112,57 @@ class Proof:
             permutations: for the swap oracle, with lam 0.
             draws: for the pair oracle.
             mixed: how many batches have been mixed before.
-            jointly: whether all ranks are here, with the same layers. They decide together then, and always ask each
-                other the same questions, whatever their own batches have shown: a rank that did not would leave the
-                others waiting.
+            again: whether the module has run its step on this batch already, because that was new to this rank.
+                Otherwise all ranks are here, with the same layers, and decide together. They always ask each other the
+                same questions, whatever their own batches have shown: a rank that did not would leave the others
+                waiting.
 
         Raises:
             MixingError: if something else than layer k and the targets reaches the loss; no weight has changed.
         """
         failure = reason = None
-        self._verdicts = {site.layer: Verdict.NO_POWER for site in sites if trials is None}
+        self._verdicts = {("swap", site.layer): Verdict.NO_POWER for site in sites if trials is None}
         if trials is not None:
             try:
                 failure = self._swaps(trials, sites, permutations)
                 if failure is None and self._wanted != 2:
-                    reason = self._pairs(trials, sites, draws)
+                    failure, reason = self._pairs(trials, sites, draws)
             except NoGhostError as error:
                 self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
                 self.enabled = False
-        together = self._on_all_ranks if jointly else bool
+        together = bool if again else self._on_all_ranks
         once = together(reason is None)
         if not once and failure is None:
-            failure = self._decide_for_two(reason or "so it is on another rank")
+            failure = self._decide_for_two(reason or "so it is on another rank", again)
         if not together(failure is None):
             raise MixingError(failure or "The self-check has failed on another rank; see its message.")
-        if jointly:
+        if not again:
             self.enabled = together(self.enabled)
-            for layer in [site.layer for site in sites]:
-                if together(self._verdicts.get(layer) is not Verdict.NO_POWER):
-                    self._open.discard(layer)
+            for asked in [(oracle, site.layer) for oracle in ("swap", "pair") for site in sites]:
+                if together(self._verdicts.get(asked) is not Verdict.NO_POWER):
+                    self._open.discard(asked)
                 else:
-                    self._open.add(layer)
+                    self._open.add(asked)
             self._retry_at = 2 * mixed + 1
         if once and trials is not None and self._wanted != 2:
             self.passes = self.passes or 1
 
-    def run_twice(self, reason: str) -> None:
-        """From now on the training step runs once for each labelling."""
+    def run_twice(self, reason: str, again: bool = False) -> None:
+        """From now on the training step runs once for each labelling.
+
+        Args:
+            reason: why.
+            again: whether the module has run its step on this batch already.
+        """
         if self.passes != 2:
+            counted = (
+                " In this one batch, what the step keeps on the module has been updated once more." if again else ""
+            )
             rank_zero_warn(
                 "Manifold Mixup runs the training step twice for each mixed batch from here on, once for each "
                 f"labelling: {reason}. The loss is exact; it costs a second forward pass. To avoid that, compute the "
                 "loss with `mixed_loss(function, logits, y)`, or in a criterion module (nn.Module). `passes=2` "
-                "silences this."
+                f"silences this.{f' {counted}' if again else ''}"
             )
         self.passes = 2
 
@@ -146,7 +175,7 @@ class Proof:
         for site in sites:
             wrong = wrong or trials.run(site, states=permutations, train=train)
             finding = swap(trials, site, permutations, plain_run, wrong, train)
-            self._verdicts[site.layer] = finding.verdict
+            self._verdicts["swap", site.layer] = finding.verdict
             if finding.verdict is Verdict.UNDECIDED:
                 self._say(f"the swap oracle has no verdict ({finding.reason})")
             elif finding.verdict is Verdict.FAILED:
@@ -158,8 +187,8 @@ class Proof:
                 )
         return None
 
-    def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> str | None:
-        """Why labels in superposition are not exact; None if they are."""
+    def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> tuple[str | None, str | None]:
+        """What is an error whatever is done, and why labels in superposition are not exact; None if that is not so."""
         for site in sites:
             try:
                 finding, reads = pair(trials, site, draws)
@@ -169,12 +198,22 @@ class Proof:
                 self._say(f"the pair oracle has no verdict ({type(error).__name__}: {error})")
                 break
             self.reads = max(self.reads, reads)
-            self._verdicts[site.layer] = finding.verdict
+            if finding.reason != UNUSED:
+                self._verdicts["pair", site.layer] = finding.verdict
+            elif not trials.module.automatic_optimization:  # otherwise the step says so itself before the optimizer
+                failure = (
+                    f"Manifold Mixup: {UNUSED}, which it takes from elsewhere. Set `target_key` (now "
+                    f"{list(site.places.targets)}) to the key of the labels, or to a list of keys. No weight has "
+                    "changed in this step."
+                )
+                return failure, None
+            if finding.verdict is Verdict.UNDECIDED:
+                self._say(f"the pair oracle has no verdict ({finding.reason})")
             if finding.verdict is Verdict.FAILED:
-                return finding.reason
-        return None
+                return None, finding.reason
+        return None, None
 
-    def _decide_for_two(self, reason: str) -> str | None:
+    def _decide_for_two(self, reason: str, again: bool) -> str | None:
         """Goes over to two passes; if that is not possible, returns why."""
         if self._wanted == 1 or not self._trainer.lightning_module.automatic_optimization:
             how = "`passes=1`" if self._wanted == 1 else "manual optimization"
@@ -183,7 +222,7 @@ class Proof:
                 "it cannot run once for each labelling instead. Compute the loss with `mixed_loss(function, logits, "
                 "y)`, or in a criterion module (nn.Module). No weight has changed in this step."
             )
-        self.run_twice(reason)
+        self.run_twice(reason, again)
         return None
 
     def _on_all_ranks(self, decision: bool) -> bool:

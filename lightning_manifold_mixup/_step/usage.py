@@ -198,7 +198,7 @@ class LabelUse(TorchFunctionMode):
                 columns = same[0] if len(labels) == 1 and same and same[0].shape == result.shape else values
             made = classes
             if (not result.is_floating_point() or name in _DISCRETE) and values:
-                if _in_torchmetrics():
+                if in_torchmetrics():
                     columns = frozenset()
                 else:
                     made, columns, line = classes | values, frozenset(), line or _place(name)
@@ -229,7 +229,7 @@ class LabelUse(TorchFunctionMode):
 
     def _note(self, name: str, values: Iterable[int], classes: Iterable[int], line: str) -> None:
         classes = set(classes)
-        if classes and _in_torchmetrics():
+        if classes and in_torchmetrics():
             classes = set()
         for target in self._targets.values():
             seen = classes.intersection(target.numbers)
@@ -270,7 +270,7 @@ def _frames() -> Iterator[Any]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _in_torchmetrics() -> bool:
+def in_torchmetrics() -> bool:
     """Whether a metric is computed: it compares and sorts, and nothing is trained on what comes of that."""
     return any(str(frame.f_globals.get("__name__", "")).startswith("torchmetrics.") for frame in _frames())
 
