@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetric
 from torchmetrics.classification import MulticlassCalibrationError
@@ -65,7 +66,8 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
     another ``draw``, for instance), give it to the Trainer and set ``alpha=0`` here.
 
     ``load_from_checkpoint(path, model=network)`` takes all arguments from the checkpoint but ``model``, ``optimizer``
-    and ``lr_scheduler``: these hold code, which a checkpoint does not. Hand the last two as well to go on training.
+    and ``lr_scheduler``: these hold code, which a checkpoint does not. Hand the last two as well to go on training. A
+    checkpoint of a LightningCLI has them, too: it holds the configuration.
 
     Args:
         model: maps inputs to (n, num_classes) logits.
@@ -89,7 +91,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
         >>> module = ManifoldMixupModule(nn.Linear(4, 3), num_classes=3, alpha=2.0, mixup={"log_mixing": True})
         >>> module(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
-        >>> module.mixup
+        >>> print(module.mixup)
         Manifold Mixup: alpha 2.0, S = auto, not yet chosen
     """
 
@@ -123,19 +125,14 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
-        metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": Accuracy(task="multiclass", num_classes=num_classes),
-            "ece": MulticlassCalibrationError(num_classes),
-        }
-        if num_classes > 5:
-            metrics["top5_accuracy"] = Accuracy(task="multiclass", num_classes=num_classes, top_k=5)
-        collection = MetricCollection(metrics)
-        self.val_metrics, self.test_metrics = (collection.clone(prefix=f"{stage}/") for stage in ("val", "test"))
-        self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
+        self.evaluations = nn.ModuleDict({stage: Evaluation(num_classes, f"{stage}/") for stage in ("val", "test")})
         self.best_error = MinMetric()
 
     def _save(self, hyperparameters: dict[str, Any], without: Sequence[str] = ()) -> None:
         """For load_from_checkpoint."""
+        if _given_hyperparameters.get() is not None:  # by a LightningCLI, which knows how to make all of it again
+            self.save_hyperparameters()
+            return
         # Lightning would compare them with the arguments of a subclass, which may be arrays.
         known = {*hyperparameters, *self.hparams}
         others = [name for name in inspect.signature(type(self)).parameters if name not in known]
@@ -185,11 +182,11 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, self.val_nll)
+        self._evaluate("val", batch)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, self.test_nll)
+        self._evaluate("test", batch)
 
     @override
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
@@ -199,31 +196,71 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        values = self._log_evaluation("val", self.val_metrics, self.val_nll)
+        values = self._log_evaluations("val")
         if not self.trainer.sanity_checking:
             self.log("val/error_best", self.best_error(values["val/error"]))
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test", self.test_metrics, self.test_nll)
+        self._log_evaluations("test")
 
-    def _evaluate(
-        self, batch: Batch, metrics: MetricCollection, nll: MeanMetric, network: nn.Module | None = None
-    ) -> None:
+    def _networks(self) -> dict[str, nn.Module]:
+        """The networks that are evaluated, by the name that their evaluations have behind that of the stage."""
+        return {"": self}
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
         x, y = batch
-        logits = (self if network is None else network)(x).float()
-        metrics.update(logits.softmax(1), y)
-        nll.update(F.cross_entropy(logits, y, reduction="none"))
+        for name, network in self._networks().items():
+            self.evaluations[stage + name](network(x), y)
 
-    def _log_evaluation(self, stage: str, metrics: MetricCollection, nll: MeanMetric) -> dict[str, Tensor]:
-        """Errors in [0, 1], negative log likelihood in nats, expected calibration error in [0, 1]."""
-        values = {
-            name.replace("accuracy", "error"): _error_of(name, value) for name, value in metrics.compute().items()
-        }
-        values[f"{metrics.prefix}nll"] = nll.compute()
-        metrics.reset()
-        nll.reset()
+    def _log_evaluations(self, stage: str) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for name in self._networks():
+            values |= self.evaluations[stage + name].compute()  # type: ignore[operator]
         self.log_dict(values, prog_bar=stage == "val")
+        return values
+
+
+class Evaluation(nn.Module):
+    """Errors in [0, 1], negative log likelihood in nats, and expected calibration error in [0, 1], over an epoch.
+
+    Args:
+        num_classes: number of classes; from six on there is a top-5 error, too.
+        prefix: of the names, ``"val/"``.
+
+    Example:
+        >>> evaluation = Evaluation(num_classes=2, prefix="val/")
+        >>> evaluation(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]))
+        >>> {name: round(value.item(), 2) for name, value in evaluation.compute().items()}
+        {'val/error': 0.5, 'val/ece': 0.5, 'val/nll': 4.5}
+    """
+
+    def __init__(self, num_classes: int, prefix: str) -> None:
+        super().__init__()
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": Accuracy(task="multiclass", num_classes=num_classes),
+            "ece": MulticlassCalibrationError(num_classes),
+        }
+        if num_classes > 5:
+            metrics["top5_accuracy"] = Accuracy(task="multiclass", num_classes=num_classes, top_k=5)
+        self.metrics = MetricCollection(metrics, prefix=prefix)
+        self.nll = MeanMetric()
+
+    def forward(self, logits: Tensor, y: Tensor) -> None:
+        """Adds a batch: (n, classes) and (n,)."""
+        logits = logits.float()
+        self.metrics.update(logits.softmax(1), y)
+        self.nll.update(F.cross_entropy(logits, y, reduction="none"))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The values of the epoch, by name; the next one begins."""
+        values = {
+            name.replace("accuracy", "error"): 1 - value if name.endswith("accuracy") else value
+            for name, value in self.metrics.compute().items()
+        }
+        values[f"{self.metrics.prefix}nll"] = self.nll.compute()
+        self.metrics.reset()
+        self.nll.reset()
         return values
 
 
@@ -244,7 +281,3 @@ def check_options(options: MixupOptions | None, own: Sequence[str] = ("alpha", "
         if name not in known:
             raise ValueError(f"Expected options of the callback in `mixup` ({', '.join(known)}), got {name!r}.")
     return dict(options or {})
-
-
-def _error_of(name: str, value: Tensor) -> Tensor:
-    return 1 - value if name.endswith("accuracy") else value

@@ -38,7 +38,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.batch import describe
@@ -47,7 +46,7 @@ from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.losses import LossName
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
 from lightning_manifold_mixup.module import (
-    Batch,
+    Evaluation,
     ManifoldMixupModule,
     MixupOptions,
     _default_optimizer,
@@ -168,8 +167,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     callback that comes with the module mixes and checks both.
 
     Evaluation logs ``val/error``, ``val/nll``, ... of the student, and ``val/teacher_error``, ... of an EMA teacher,
-    which is what ICT reports; likewise for test. ``module(x)`` and predict are the student, ``module.teacher(x)`` is
-    the teacher.
+    which is what ICT reports; likewise for test. ``module(x)`` is the student, ``module.teacher(x)`` the teacher.
 
     Args:
         model: maps inputs to (n, num_classes) logits.
@@ -235,8 +233,6 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         check_alpha(alpha_unlabelled)
         options = check_options(mixup, own=("alpha", "layers", "input_key", "target_key"))
         self.mixup = PartsCallback(alpha_labelled, alpha_unlabelled if self.w_max else None, layers, **options)
-        self.alpha_labelled = alpha_labelled
-        self.alpha_unlabelled = alpha_unlabelled
         self.ema_decay = ema_decay
         saved = {
             "teacher": teacher,
@@ -250,12 +246,9 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         self._save(saved, without=["alpha"])
         self.teacher = deepcopy(model).requires_grad_(False) if teacher == "ema" and self.w_max else None
         if self.teacher is not None:
-            self.val_teacher_metrics = self.val_metrics.clone(prefix="val/teacher_")
-            self.test_teacher_metrics = self.test_metrics.clone(prefix="test/teacher_")
-            self.val_teacher_nll, self.test_teacher_nll = MeanMetric(), MeanMetric()
+            for stage in ("val", "test"):
+                self.evaluations[f"{stage}_teacher"] = Evaluation(num_classes, f"{stage}/teacher_")
         self._ramp_steps = 0.0
-
-    # --------------------------------------------------------------------------------------------------------- one step
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -284,8 +277,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
             values |= {"train/consistency_loss": consistency.detach(), "train/consistency_weight": torch.tensor(weight)}
         self.log_dict(values, batch_size=len(x))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
-        accuracy = self.soft_label_accuracy(logits, y)
-        self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(x))
+        self.log("train/accuracy", self.soft_label_accuracy(logits, y), on_step=False, on_epoch=True, batch_size=len(x))
         return loss
 
     @override
@@ -310,14 +302,16 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         x, y = labelled
         return x, y, u
 
-    # ------------------------------------------------------------------------------------------------- before the steps
-
     _choice = "Take the Trainer's out: this module's own mixes both parts of a batch. Its settings are the module's."
 
     @override
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and is_overridden("on_after_batch_transfer", data, pl.LightningDataModule):
+        if (
+            stage == "fit"
+            and data is not None
+            and is_overridden("on_after_batch_transfer", data, pl.LightningDataModule)
+        ):
             raise MisconfigurationException(
                 f"Expected a data module without `on_after_batch_transfer`, got {type(data).__name__}: Lightning calls "
                 "its method in place of this module's, where the teacher predicts. Do that work in "
@@ -346,31 +340,9 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         if self.trainer.global_step == 0:  # weights may have been loaded since construction
             self.teacher.load_state_dict(self.model.state_dict())
 
-    # ------------------------------------------------------------------------------------------------------- evaluation
-
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        if self.teacher is not None:
-            self._evaluate(batch, self.val_teacher_metrics, self.val_teacher_nll, self.teacher)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        super().test_step(batch, batch_idx)
-        if self.teacher is not None:
-            self._evaluate(batch, self.test_teacher_metrics, self.test_teacher_nll, self.teacher)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        if self.teacher is not None:
-            self._log_evaluation("val", self.val_teacher_metrics, self.val_teacher_nll)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        if self.teacher is not None:
-            self._log_evaluation("test", self.test_teacher_metrics, self.test_teacher_nll)
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"": self} if self.teacher is None else {"": self, "_teacher": self.teacher}
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -197,7 +197,8 @@ def test_evaluation(stage):
 
 def test_validation_and_test_share_no_state():
     module = ManifoldMixupModule(ConvNet(), CLASSES)
-    assert not set(module.val_metrics.modules()) & set(module.test_metrics.modules())
+    val, test = (set(module.evaluations[stage].modules()) for stage in ("val", "test"))
+    assert not val & test
 
 
 def test_best_error():

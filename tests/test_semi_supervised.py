@@ -20,6 +20,7 @@ from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule,
 from lightning_manifold_mixup import semi_supervised as semi
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
+from lightning_manifold_mixup.partners import Partners
 from lightning_manifold_mixup.semi_supervised import (
     SemiSupervisedManifoldMixupModule,
     consistency_weight,
@@ -103,7 +104,10 @@ class ByHand:
         self.layers = []
 
     def mixed(self, x, layer, alpha, own):
-        lam, partners = float(np.float32(own.beta(alpha, alpha))), torch.from_numpy(own.permutation(len(x)))
+        lam, partners = (
+            float(np.float32(own.beta(alpha, alpha))) if alpha else 1.0,
+            torch.from_numpy(own.permutation(len(x))),
+        )
         before, after = self.student.states(x)[layer]
         h = before(x)
         return after(lam * h + (1 - lam) * h[partners]), lam, partners
@@ -121,6 +125,8 @@ class ByHand:
         target = (self.student if self.ema is None else self.ema)(u).detach()
         logits, lam, partners = self.mixed(x, layer, self.alphas[0], own)
         labelled = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
+        hits = [(logits.argmax(1) == labels).float().mean().item() for labels in (y, y[partners])]
+        self.accuracy = lam * hits[0] + (1 - lam) * hits[1]
 
         logits, lam, partners = self.mixed(u, layer, self.alphas[1], own)
         target = lam * target + (1 - lam) * target[partners]
@@ -138,6 +144,26 @@ class ByHand:
             d = min(1 - 1 / (self.steps + 1), self.decay)
             for average, p in zip(self.ema.parameters(), self.student.parameters(), strict=True):
                 average.data = d * average.data + (1 - d) * p.data
+
+
+class Leaking(SemiSupervisedManifoldMixupModule):
+    """A loss in which the brightness of the plain images meets the mixed logits."""
+
+    def training_step(self, batch, batch_idx):
+        self.brightness = batch["labelled"]["input"].mean((1, 2, 3))
+        return super().training_step(batch, batch_idx)
+
+    def soft_label_loss(self, logits, target):
+        return super().soft_label_loss(logits, target) + 10 * (logits[:, 0] * self.brightness).mean()
+
+
+class NextInBatch(Partners):
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, targets, n, generator):
+        self.seen.append((tuple(targets.shape), n))
+        return torch.arange(n).roll(1)
 
 
 class TestMethod:
@@ -170,6 +196,58 @@ class TestMethod:
         trainer(losses).fit(module(teacher, net), loaders(1))
         [batch] = steps(1)
         assert losses.values == pytest.approx([hand.loss(*batch).item()], rel=1e-6)
+
+    def test_logs_are_those_of_the_mixed_batch(self):
+        net = ConvNet()
+        hand = ByHand(copy.deepcopy(net), "ema", ramp_steps=0.5)
+        [batch] = steps(1)
+        loss = hand.loss(*batch).item()
+        t = trainer()
+        t.fit(module(model=net), loaders(1))
+        values = {name: value.item() for name, value in t.callback_metrics.items()}
+        assert values["train/loss"] == pytest.approx(loss, rel=1e-6)
+        assert values["train/accuracy"] == pytest.approx(hand.accuracy)
+        weighted = values["train/consistency_weight"] * values["train/consistency_loss"]
+        assert values["train/labelled_loss"] + weighted == pytest.approx(loss, rel=1e-6)
+
+    @pytest.mark.parametrize("alphas", [(0.0, 2.0), (2.0, 0.0)])
+    def test_one_part_alone_is_mixed(self, alphas):
+        net = ConvNet()
+        hand, expected = ByHand(copy.deepcopy(net), "ema", ramp_steps=2.0, alphas=alphas), []
+        for batch in steps(4):
+            loss = hand.loss(*batch)
+            loss.backward()
+            hand.step()
+            expected.append(loss.item())
+        losses = Losses()
+        labelled, unlabelled = alphas
+        trainer(losses).fit(module(model=net, alpha_labelled=labelled, alpha_unlabelled=unlabelled), loaders())
+        assert losses.values == pytest.approx(expected, rel=1e-5)
+
+    def test_nothing_is_mixed(self):
+        """Consistency with the plain predictions of an average: a mean teacher."""
+        net = ConvNet()
+        student, losses = copy.deepcopy(net), Losses()
+        trainer(losses).fit(module(model=net, alpha_labelled=0.0, alpha_unlabelled=0.0), loaders(1))
+        [(x, y, u)] = steps(1)
+        target = copy.deepcopy(student)(u).softmax(1)
+        consistency = ((student(u).softmax(1) - target) ** 2).mean()
+        assert losses.values == pytest.approx([(F.cross_entropy(student(x), y) + 3.0 * consistency).item()], rel=1e-5)
+
+    def test_is_checked_by_the_oracles(self):
+        """They find the step exact in one pass, and refuse a step in which something goes past the layer."""
+        ours = module()
+        trainer().fit(ours, loaders())
+        assert ours.mixup.state_dict()["passes"] == 1
+
+        leaking = Leaking(ConvNet(), CLASSES, layers=["model.layer1"], optimizer=sgd)
+        with pytest.raises(MixingError, match="something else reaches the loss"):
+            trainer().fit(leaking, loaders())
+
+    def test_partners_are_chosen_by_the_targets_of_their_part(self):
+        partners = NextInBatch()
+        trainer().fit(module(mixup={"partners": partners}), loaders(2))
+        assert partners.seen == [((N,), N), ((M, CLASSES), M)] * 2
 
     def test_ramp_is_the_formula(self):
         """Of the public script: t = linspace(0, 1, updates), then constant."""
@@ -501,6 +579,20 @@ if __name__ == "__main__":
     validation = DataLoader(TensorDataset(*images(24, seed=3)), 6)
     trainer(Save(), max_epochs=2, devices=2, strategy="ddp_fork").fit(ours, loaders(), validation)
 """
+
+
+@pytest.mark.parametrize("teacher", ["self", "ema"])
+def test_load_from_checkpoint(teacher, tmp_path):
+    given = {"w_max": 7.0, "ramp": 0.25, "alpha_labelled": 0.5, "alpha_unlabelled": 2.0, "ema_decay": 0.9}
+    ours = module(teacher, **given)
+    t = trainer()
+    t.fit(ours, loaders())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = SemiSupervisedManifoldMixupModule.load_from_checkpoint(tmp_path / "a.ckpt", model=ConvNet())
+    assert dict(loaded.hparams) == dict(ours.hparams)
+    assert {name: loaded.hparams[name] for name in given} == given
+    assert (loaded.mixup.alphas, loaded.mixup.seed, loaded.mixup.layers) == ((0.5, 2.0), 5, LAYERS)
+    torch.testing.assert_close(weights_of(loaded), weights_of(ours), rtol=0, atol=0)
 
 
 class TestEvaluation:

@@ -46,15 +46,17 @@ def main(args: Sequence[str]) -> None:
     else:
         model, inputs = _bare(rest), torch.randn(_SAMPLES, *(shape or (3, 64, 64)))
     report = _observed(model, inputs)
-    metrics = {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Metric | MetricCollection)
-    }
+    metrics = {name for name, module in model.named_modules(remove_duplicate=False) if _is_of_metrics(module)}
     report = replace(report, rows=tuple(row for row in report.rows if row.name not in metrics))
     console_ = console()
     console_.print(report.as_table())
     console_.print(f"layers='auto' mixes at: {', '.join(report.default) or 'nothing'}", highlight=False)
+
+
+def _is_of_metrics(module: nn.Module) -> bool:
+    """Whether it is a metric, or a container of metrics and no part of the network."""
+    metrics = any(isinstance(part, Metric | MetricCollection) for part in module.modules())
+    return metrics and next(module.parameters(), None) is None
 
 
 def _observed(model: nn.Module, inputs: Any) -> LayerReport:

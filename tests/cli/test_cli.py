@@ -203,6 +203,20 @@ def test_print_config_can_be_run(capsys, tmp_path) -> None:
     assert "test error" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recipe", ["digits", "semi_digits"])
+def test_a_checkpoint_has_all_that_the_configuration_says(recipe, tmp_path) -> None:
+    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=true"]
+    main(["fit", f"--config={recipe}", *options, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    cli = made(f"--config={recipe}")
+    loaded = type(cli.model).load_from_checkpoint(checkpoint)
+    assert type(loaded.model) is type(cli.model.model)
+    assert loaded.optimizer.keywords == cli.model.optimizer.keywords
+    assert (loaded.mixup.alpha, loaded.mixup.layers) == (cli.model.mixup.alpha, cli.model.mixup.layers)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
+
+
 def test_validate_test_and_predict(capsys, tmp_path) -> None:
     common = [*TINY, "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     common.append("--trainer.enable_checkpointing=true")
@@ -271,7 +285,7 @@ def test_a_function_makes_the_network_and_the_data_tells_the_module() -> None:
         f"--data={__name__}.Data",
     )
     assert cli.model.model.fc.out_features == 7
-    assert cli.model.test_metrics["ece"].num_classes == 7
+    assert cli.model.evaluations["test"].metrics["ece"].num_classes == 7
 
 
 def test_what_neither_data_nor_user_say_is_asked_for(capsys) -> None:
@@ -312,7 +326,7 @@ def test_layers_of_a_recipe_and_of_any_network(capsys) -> None:
     assert re.search(r"model\.layer2 +│ Sequential +│ \(5, 32, 4, 4\) +│ yes +│ yes", out)
     assert re.search(r"model\.layer1\.0\.conv1 .*│ no: bypassed", out)
     assert "layers='auto' mixes at: input, model.layer1, model.layer2" in out
-    assert "test_metrics" not in out
+    assert "evaluations" not in out
     main(
         [
             "layers",
