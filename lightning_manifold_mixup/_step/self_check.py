@@ -206,7 +206,7 @@ class _Heads:
         if torch.is_autocast_enabled(loss.device.type):
             dtypes.add(torch.get_autocast_dtype(loss.device.type))
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return Outcome(loss.detach(), gradient.to(loss.device), precision, random, used, more)
+        return Outcome(loss.detach(), gradient.to(loss.device), precision, random, used, beside=more)
 
 
 class _Comparison:
