@@ -118,7 +118,7 @@ def test_weights_are_those_of_both_shards_by_hand(runs, mode):
         for rank in range(2):
             index = torch.arange(rank, len(x), 2)[step * BATCH : (step + 1) * BATCH]
             draw = results[rank][mode]["drawn"][step]
-            if draw is None:  # observed
+            if draw is None or (mode == "fsdp2" and step == 0):  # observed; FSDP2 has no copies to do it on
                 draw = ("input", torch.tensor(1.0), torch.arange(BATCH))
             layer, lam, partners = draw
             before, after = net.states(x)[layer]

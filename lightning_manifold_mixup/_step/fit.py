@@ -201,17 +201,19 @@ class Fit:
             return step.beside_clean(training_step, call, self.options.clean_weight, passes)
         if passes == 2:
             return step.twice(training_step, call)
-        # Where the oracles have seen nothing that superposition cannot follow, a batch that it cannot follow after all
-        # runs again with the random numbers that come next.
+        # A batch that superposition cannot follow after all runs again, with the same random numbers. Where the oracles
+        # have seen nothing of the kind, those of PyTorch alone: the others take longer to note.
         proven = self.proof.enabled and self.proof.passes == 1 and not self.proof.reads
-        states = None if proven or self.options.passes != "auto" else random_states(())
+        state = torch.get_rng_state() if proven else random_states(())
         try:
             return step.once(training_step, call)
         except SuperpositionError as error:
             if self.options.passes != "auto" or not self.module.automatic_optimization:
                 raise
-            if states is not None:
-                set_random_states(states)
+            if isinstance(state, Tensor):
+                torch.set_rng_state(state)
+            else:
+                set_random_states(state)
             self.proof.run_twice(str(error).split(". ")[0], again=True)
             return step.twice(training_step, call)
 
