@@ -73,7 +73,7 @@ class Mix:
         vars(mix).update(lam=lam, partners=partners, _permutation=permutation, _number=number)
         return mix
 
-    def __call__(self, h: T, batch_dim: int | Sequence[int] | None = None) -> T:
+    def __call__(self, h: T, batch_dim: int | Sequence[int | None] | None = None) -> T:
         """``lam * h + (1 - lam) * h[partners]`` (section 2, step 3), in the dtype of ``h``.
 
         The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times with respect
@@ -82,8 +82,8 @@ class Mix:
         Args:
             h: hidden state with n samples: a floating point tensor, or tuples, lists, dicts and dataclasses of them
                 (outputs of an LSTM, of a model). Integer tensors and numbers within are left as they are.
-            batch_dim: the dimension that counts the samples: one for all tensors, one for each, or None to find them
-                (:func:`batch_dims`). A lam for each sample goes along it.
+            batch_dim: the dimension that counts the samples: one for all tensors, one for each (None for a tensor that
+                is not mixed), or None to find them (:func:`batch_dims`). A lam for each sample goes along it.
 
         Returns:
             The mixed state, in the structure of ``h``.
@@ -98,6 +98,8 @@ class Mix:
             if not _is_state(tensor):
                 return tensor
             dim = next(dims)
+            if dim is None:
+                return tensor
             if tensor.shape[dim] != n:
                 raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
             return interpolate_with_gradient(tensor, self.lam, self.partners, dim, self._permutation)

@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 from transformers import BertConfig, BertForSequenceClassification
 
+from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup._step.dims import sample_dims
 from lightning_manifold_mixup.layers import eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
+from tests.exactness import by_hand, train
 from tests.graphs import Batch, Data, GCNConv, global_mean_pool
 from tests.helpers import weights_of
 
@@ -111,12 +114,32 @@ def test_a_codebook_beside_the_state_is_not_mixed(entries):
             return self.head(h + 0 * codes.mean())
 
     found = eligible_layers(Net(), torch.randn(N, 8))
-    assert found.row("quantizer").verdict is Verdict.NOT_OF_INPUT
-    assert found.row("enc").eligible
-    assert found.refusal("quantizer").startswith(
-        "'quantizer' returns, beside its state, a tensor that does not come from the input (a codebook, say), which"
-        " must not be mixed: its output has shapes (16, 6), "
-    )
+    assert found.row("quantizer").eligible
+    assert found.row("quantizer").batch_dims == (0, None)
+
+    class Step(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net().double()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module, batches = Step(), DataLoader(TensorDataset(torch.randn(N, 8).double(), torch.arange(N) % 5), N)
+    seen, _ = train(module, batches, ManifoldMixupCallback(layers=["net.quantizer"], seed=0))
+
+    def step(twin, batch, choose, mix):
+        h, codes = twin.net.quantizer(twin.net.enc(batch[0]))
+        return F.cross_entropy(twin.net.head(mix(h) + 0 * codes.mean()), choose(batch[1]))
+
+    for (draw, weights, value, grads), batch in zip(seen, batches, strict=True):
+        wanted, wanted_grads = by_hand(module, step, batch, draw, weights)
+        torch.testing.assert_close(value, wanted)
+        for name, grad in wanted_grads.items():
+            torch.testing.assert_close(grads[name], grad)
 
 
 def test_a_network_called_on_unlabelled_rows_too():

@@ -308,7 +308,7 @@ class Fit:
         for name, hook in self._hooks.items():
             row = report.row(name)
             if report.batch_size > 1:  # the shapes of one sample do not tell which dimension counts the samples
-                hook.dims = [dim for dim in row.batch_dims if dim is not None]
+                hook.dims = [dim for dim, shape in zip(row.batch_dims, row.shapes, strict=True) if shape]
                 self._settled.dims[name] = hook.dims
             if row.ambiguous and any(len(shape) == 3 for shape in row.shapes):  # a sequence may be time-major
                 rank_zero_warn(

@@ -32,8 +32,8 @@ class MixingHook:
 
     def __init__(self, batch_dim: int | None = None, dims: Sequence[int | None] | None = None) -> None:
         self.batch_dim = batch_dim
-        # As found at the first batch: a later one may have as many samples as time steps, and not tell.
-        self.dims = None if dims is None else [dim for dim in dims if dim is not None]
+        # As found at the first batch: a later one may have as many samples as time steps. None: not mixed.
+        self.dims: Sequence[int | None] | None = dims
         self.mixes: tuple[Mix, ...] = ()
         self.calls = 0
         self.in_eval = False

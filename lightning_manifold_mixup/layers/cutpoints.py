@@ -70,7 +70,6 @@ class Verdict(Enum):
     NO_BATCH = "no batch dimension"
     OTHER_ROWS = "rows are not samples"
     CALLED_ON_OTHERS = "called on other rows, too"
-    NOT_OF_INPUT = "returns more than the state"
     ROWS_EXCHANGED = "rows are exchanged after it"
     UNCLEAR_BATCH = "unclear batch dimension: set batch_dim"
     LOOKED_UP = "integer inputs go around it"
@@ -177,7 +176,8 @@ def analyse(
             layer.position = max(mark.node for mark in layer.live[0].marks if through[mark.node])
             layer.depth = depth[layer.position]
             first = layer.live[0]
-            layer.batch_dims = rows.dims(layer, first.shapes, layer.calls.index(first))
+            dims = rows.dims(layer, first.shapes, layer.calls.index(first))
+            layer.batch_dims = tuple(dim if own else None for dim, own in zip(dims, first.from_input, strict=True))
             if layer.name == INPUT:
                 layer.batch_dims = rows.dims_of_inputs(layer, first.shapes)
             shapes = [mark.shape for mark in layer.live[0].marks if through[mark.node]]
@@ -232,10 +232,8 @@ def _wrong_rows(layer: Layer, live: Sequence[Sequence[Mark]], rows: Rows) -> Ver
         ]
     for shapes, dims, from_input in calls:
         for shape, dim, content in zip(shapes, dims, from_input, strict=True):
-            if not shape and layer.name != INPUT:
+            if (not shape and layer.name != INPUT) or not content:  # a number, or a codebook: it is not mixed
                 continue
-            if not content:
-                return Verdict.NOT_OF_INPUT
             if dim is None:
                 return _without_samples(shape, rows)
     # The hook mixes also those calls that lead to no loss of the targets.

@@ -233,11 +233,6 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
                 f"{name} is also called on other rows than those of the targets (unlabelled data, say), which have no"
                 f" labels to mix; the targets have {report.batch_size} rows"
             )
-        case Verdict.NOT_OF_INPUT:
-            return (
-                f"{name} returns, beside its state, a tensor that does not come from the input (a codebook, say), which"
-                f" must not be mixed: its output has shapes {_shapes(row)}. Mix at a layer that returns the state alone"
-            )
         case Verdict.ROWS_EXCHANGED:
             return (
                 f"{name} is followed by an operation that moves rows to each other by indices of the batch (the edges"
