@@ -394,6 +394,7 @@ class TestLamForEachSample:
             plain(-z.log_softmax(1).gather(1, mixed[:, None]).mean())
         with pytest.raises(MixingError, match="summed up without their lam"):
             mixed_loss(F.multi_margin_loss, z, mixed)
+        assert torch.equal(mixed_loss(F.cross_entropy, z, mixed), plain(F.cross_entropy(z, mixed)))
 
 
 class TestMixedLoss:

@@ -53,6 +53,8 @@ def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return function(*args, **kwargs)
     if len(found) > 1:
         raise MixingError("Expected labels of one mix, got labels of several draws of lam in one call.")
+    if found[0].lam.ndim:  # one for each sample: they count before the samples are summed up
+        return plain(function(*args, **kwargs))  # type: ignore[no-any-return]
     first, second = (function(*labelling(args, dominant), **labelling(kwargs, dominant)) for dominant in (True, False))
     note_use(found[0], (first, second))
     return plain(paired(first, second, found[0]))  # type: ignore[no-any-return]
