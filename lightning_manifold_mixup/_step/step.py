@@ -22,6 +22,7 @@ from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import plain_metrics
 from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
+from lightning_manifold_mixup._step.names import marks_padding
 from lightning_manifold_mixup._step.switches import input_mixed
 from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup.layers import INPUT, named_layers
@@ -122,7 +123,9 @@ class Site:
                         else apply_to_collection(target, Tensor, self._label, mix, how, superposition, classes)
                     )
                 for key in group.masks:
-                    values[key] = _mask(self.places.of(batch, key), mix.partners, permuted)
+                    mask = self.places.of(batch, key)
+                    of_partners = mask[mix.partners.to(mask.device, non_blocking=True)]
+                    values[key] = of_partners if permuted else _union(mask, of_partners, marks_padding(key))
             if self.layer == INPUT and inputs:
                 for key in group.inputs:
                     values[key] = self._input(self.places.of(batch, key), key, inputs[number])
@@ -169,11 +172,11 @@ class Site:
             raise MixingError(f"The input at {key!r} and the target do not hold the same samples. {error}") from None
 
 
-def _mask(mask: Tensor, partners: Tensor, permuted: bool) -> Tensor:
-    of_partners = mask[partners.to(mask.device, non_blocking=True)]
-    if permuted:
-        return of_partners
-    return mask | of_partners if mask.dtype == torch.bool else torch.maximum(mask, of_partners)
+def _union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
+    """What is seen of a sample or of its partner; ``padding`` says that the masks tell what is not seen."""
+    if mask.dtype == torch.bool:
+        return mask & of_partners if padding else mask | of_partners
+    return torch.minimum(mask, of_partners) if padding else torch.maximum(mask, of_partners)
 
 
 def loss_of(output: Any) -> Tensor | None:
