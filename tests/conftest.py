@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -13,6 +14,17 @@ PATCHED = ("__init__", "__setattr__", "__delattr__")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _messages_reach_caplog(monkeypatch):
+    """The commands make Lightning quieter, and the Trainer keeps its messages from the root logger."""
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "propagate", True)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
