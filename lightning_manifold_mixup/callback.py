@@ -103,6 +103,11 @@ class ManifoldMixupCallback(Callback):
             raise ValueError("Expected at least one layer to mix, got none. Name some, or use layers='auto'.")
         if passes not in ("auto", 1, 2):
             raise ValueError(f"Expected passes to be 'auto', 1 or 2, got {passes!r}.")
+        if partners is not None and not callable(partners):
+            raise TypeError(
+                f"Expected partners to be a strategy such as `LabelDistancePartners(1.0)`, got {partners!r}. In YAML it "
+                "is made from `class_path` and `init_args` by a recent jsonargparse."
+            )
         if not clean_weight >= 0:
             raise ValueError(f"Expected clean_weight to be a number >= 0, got {clean_weight}.")
         self.alpha = alpha

@@ -64,7 +64,8 @@ class Mix:
     _number: float | None = field(init=False, repr=False)  # lam, where the host knows it: nobody has to ask a device
 
     def __post_init__(self) -> None:
-        vars(self).update(_permutation=_check(self.lam, self.partners), _number=_number(self.lam))
+        object.__setattr__(self, "_permutation", _check(self.lam, self.partners))
+        object.__setattr__(self, "_number", _number(self.lam))
 
     @classmethod
     def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool, number: float | None) -> Mix:
