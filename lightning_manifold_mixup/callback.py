@@ -105,8 +105,8 @@ class ManifoldMixupCallback(Callback):
             raise ValueError(f"Expected passes to be 'auto', 1 or 2, got {passes!r}.")
         if partners is not None and not callable(partners):
             raise TypeError(
-                f"Expected partners to be a strategy such as `LabelDistancePartners(1.0)`, got {partners!r}. In YAML it "
-                "is made from `class_path` and `init_args` by a recent jsonargparse."
+                f"Expected partners to be a strategy such as `LabelDistancePartners(1.0)`, got {partners!r}. In YAML "
+                "it is made from `class_path` and `init_args` by a recent jsonargparse."
             )
         if not clean_weight >= 0:
             raise ValueError(f"Expected clean_weight to be a number >= 0, got {clean_weight}.")
