@@ -2,11 +2,12 @@ import logging
 import warnings
 
 import pytest
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_manifold_mixup.paper.quiet import IN_MEMORY, quiet_lightning
 
 LOGGER = logging.getLogger("lightning.pytorch")
+# As `rank_zero_info` does, unless `pytorch_lightning` has been imported since and made its own logger that of both.
+rank_zero_info = logging.getLogger("lightning.pytorch.utilities.rank_zero").info
 TIP = "💡 Tip: try something else"
 
 
