@@ -1,4 +1,4 @@
-"""Reads `environments.toml`: prints what pip is to hold fast in an environment, one constraint a line.
+"""Reads `environments.toml`: prints the constraints of an environment, one a line.
 
 `python environments.py NAME` prints the constraints, `python environments.py --table` the table of README.
 """
@@ -25,7 +25,7 @@ def floors():
 
 
 def constraints(name):
-    """What pip holds fast: the oldest of everything, or the versions that the file names."""
+    """The oldest of everything, or the versions that the file names."""
     if name == "oldest":
         oldest = floors()
         oldest["pytorch-lightning"] = oldest["lightning"]  # it comes along, and unpinned
