@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,12 +33,12 @@ class Wrapped(L.LightningModule):
 SMALL = {"d_model": 8, "dropout": 0.0, "vocab_size": TOKENS, "pad_token_id": 0, "decoder_start_token_id": 0}
 
 
-def t5(transformers):
+def t5():
     sizes = {"d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**(SMALL | sizes)))
 
 
-def bart(transformers):
+def bart():
     sizes = {"attention_dropout": 0.0, "activation_dropout": 0.0, "max_position_embeddings": 16}
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
@@ -46,7 +47,7 @@ def bart(transformers):
     )
 
 
-def bert(transformers):
+def bert():
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.BertConfig(vocab_size=TOKENS, max_position_embeddings=16, num_labels=3, **sizes, **drops)
@@ -64,7 +65,7 @@ MODELS = {
 def test_labels_inside(name):
     """Teacher forcing after layer k: the decoder of each labelling sees its own labels."""
     make, layer = MODELS[name]
-    model = make(pytest.importorskip("transformers")).double()
+    model = make().double()
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (4,), generator=generator)
     if name != "BERT":
@@ -120,7 +121,8 @@ def test_class_conditional_head():
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
 def test_torch_uncertainty(kind):
     """Its routines carry a mixup of their own, a module without weights that is handed inputs and labels."""
-    routines = pytest.importorskip("torch_uncertainty.routines")
+    from torch_uncertainty import routines  # it warns when it is imported
+
     torch.manual_seed(0)
     images = torch.randn(8, 3, 8, 8)
     if kind == "classification":
