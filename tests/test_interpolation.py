@@ -263,7 +263,9 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str, per_sa
         **dict.fromkeys(constants, "constexpr"),
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}  # the pointers, and `inner`
-    assembly = triton.compile(source(_mix, signature, constants, aligned), target=target("cuda", 90, 32)).asm["ptx"]
+    kernel = source(_mix, signature, constants, aligned)
+    options = {"enable_fp_fusion": True}
+    assembly = triton.compile(kernel, target=target("cuda", 90, 32), options=options).asm["ptx"]
     assert f"ld.global.{words}" in assembly
     assert f"st.global.{words}" in assembly
 

@@ -12,7 +12,7 @@ _BLOCK = 2048
 
 
 def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
-    """See :func:`lightning_manifold_mixup._step.interpolation.interpolate`, whose arguments these are.
+    """See ``interpolation.interpolate``, whose arguments these are.
 
     Transposed, it is for permutations only: each row of the result is written by one program. Partners that are outside
     the batch give NaN, since nobody has looked at those that were made on the device.
@@ -44,6 +44,7 @@ def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
             lam.ndim > 0,
             double,
             block,
+            enable_fp_fusion=True,  # as in torch.lerp; unset, it depends on Triton's version, and 3.9 warns
         )
     return mixed
 
