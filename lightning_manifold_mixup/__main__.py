@@ -1,4 +1,4 @@
-"""`python -m lightning_manifold_mixup` is `manifold-mixup`."""
+"""``python -m lightning_manifold_mixup`` is ``manifold-mixup``."""
 
 from lightning_manifold_mixup.cli import main
 

@@ -18,7 +18,7 @@ def softmax_bce(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: (n, classes), any floating point dtype; computed in at least float32, also under autocast.
-        target: (n,) class indices, a :class:`~lightning_manifold_mixup.MixedTarget`, or (n, classes) probabilities.
+        target: (n,) class indices, a ``MixedTarget``, or (n, classes) probabilities.
 
     Returns:
         A scalar.
@@ -39,7 +39,7 @@ def label_accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: (n, classes).
-        target: (n,) class indices, a :class:`~lightning_manifold_mixup.MixedTarget`, or (n, classes) probabilities.
+        target: (n,) class indices, a ``MixedTarget``, or (n, classes) probabilities.
 
     Returns:
         A scalar without gradient, ``lam * accuracy(y) + (1 - lam) * accuracy(y[partners])`` for mixed labels.
@@ -62,7 +62,7 @@ class SoftLabelLossMixin:
 
     Attributes:
         soft_label_loss_name: ``"cross_entropy"``, or ``"bce"`` for the loss of the paper's public code
-            (:func:`softmax_bce`).
+            (``softmax_bce``).
 
     Example:
         >>> import lightning as L
@@ -83,11 +83,11 @@ class SoftLabelLossMixin:
     soft_label_loss_name: LossName = "cross_entropy"
 
     def soft_label_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The mean loss; see :func:`label_accuracy` for the targets that it takes."""
+        """The mean loss; see ``label_accuracy`` for the targets that it takes."""
         if self.soft_label_loss_name == "bce":
             return softmax_bce(logits, target)
         return F.cross_entropy(logits, target)
 
     def soft_label_accuracy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """See :func:`label_accuracy`."""
+        """See ``label_accuracy``."""
         return label_accuracy(logits, target)

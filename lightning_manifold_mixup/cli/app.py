@@ -1,4 +1,4 @@
-"""The command `manifold-mixup`: finds the command that is asked for and runs it."""
+"""The command ``manifold-mixup``: finds the command that is asked for and runs it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: what follows `manifold-mixup`; None takes it from `sys.argv`.
+        args: what follows ``manifold-mixup``; None takes it from ``sys.argv``.
 
     Raises:
         SystemExit: with status 2 for errors of usage, with 130 if the user interrupts.

@@ -1,4 +1,4 @@
-"""`manifold-mixup compare`: none, input mixup and Manifold Mixup, on the same seeds, weights and batches.
+"""``manifold-mixup compare``: none, input mixup and Manifold Mixup, on the same seeds, weights and batches.
 
 Each run ends with a result file in a folder of its own, named after everything that could change the numbers. A run
 whose file is there is not repeated, so that an interrupted comparison goes on where it stopped.
@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: what follows `manifold-mixup compare`.
+        args: what follows ``manifold-mixup compare``.
     """
     options, overrides = _parser().parse_known_args(args)
     methods, seeds = _methods(options.methods), _seeds(options.seeds)
@@ -80,7 +80,7 @@ def main(args: Sequence[str]) -> None:
 
 @rank_zero_only
 def report(results: Sequence[Result], out: Path) -> None:
-    """Print the table, and write `compare.csv`, `compare.json` and `compare.png` into a folder."""
+    """Print the table, and write ``compare.csv``, ``compare.json`` and ``compare.png`` into a folder."""
     rows = summary(results)
     print_summary(rows)
     files = write_report(rows, out / "compare", plot(results), runs=list(results))
@@ -115,7 +115,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 
     Returns:
         A row for each recipe, method and epoch at which the test set was evaluated: means, and standard deviations (of
-        the sample) in columns that end in ` std`. Errors are in percent; what was not measured is None.
+        the sample) in columns that end in `` std``. Errors are in percent; what was not measured is None.
     """
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
@@ -147,7 +147,7 @@ def value_of(result: Result, metric: str, epoch: str = LAST) -> float:
 
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows of `summary`, each mean beside its standard deviation."""
+    """Print rows of ``summary``, each mean beside its standard deviation."""
     table = [
         {
             name: plus_minus(value, row[f"{name} std"]) if f"{name} std" in row else value

@@ -1,4 +1,4 @@
-"""`manifold-mixup figure spirals|bottleneck|spectrum`: the paper's figures about hidden states."""
+"""``manifold-mixup figure spirals|bottleneck|spectrum``: the paper's figures about hidden states."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FIGURES = {
     "bottleneck": "Figure 2: digits in a bottleneck of two dimensions, without mixup, with input and Manifold Mixup",
     "spectrum": "flattening: singular values of each class's hidden states, on digits",
 }
-"""Each figure's name (also its module's in `lightning_manifold_mixup.paper.figures`) and what it shows."""
+"""Each figure's name (also its module's in ``lightning_manifold_mixup.paper.figures``) and what it shows."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Train, print a table, and write `NAME.png`, `NAME.csv` and `NAME.json`.
+    """Train, print a table, and write ``NAME.png``, ``NAME.csv`` and ``NAME.json``.
 
     Args:
-        args: what follows `manifold-mixup figure`.
+        args: what follows ``manifold-mixup figure``.
     """
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} figure", description="Draw one of the paper's figures: train, measure, plot."

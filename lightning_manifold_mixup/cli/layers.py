@@ -1,4 +1,4 @@
-"""`manifold-mixup layers`: which layers of a network are eligible for mixing, which are chosen, and why."""
+"""``manifold-mixup layers``: which layers of a network are eligible for mixing, which are chosen, and why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: what follows `manifold-mixup layers`.
+        args: what follows ``manifold-mixup layers``.
     """
     options, rest = _parser().parse_known_args(args)
     shape = None if options.input_shape is None else _shape(options.input_shape)
@@ -98,7 +98,7 @@ def _input_of(batch: Any) -> Any:
 
 
 def _bare(args: list[str]) -> nn.Module:
-    """Make any network, from the options `--model.class_path` (of a class or function) and `--model.init_args`."""
+    """Make any network, from the options ``--model.class_path`` (of a class or function) and ``--model.init_args``."""
     parser = Parser(prog=f"{PROGRAM} layers")
     parser.add_argument("--model", type=nn.Module, required=True)
     # Without defaults, because jsonargparse finds some that functions with keyword arguments (swin_t) do not accept.

@@ -1,4 +1,4 @@
-"""`manifold-mixup recipes`: what is packaged, what the paper got with it, and what it costs."""
+"""``manifold-mixup recipes``: what is packaged, what the paper got with it, and what it costs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        args: what follows `manifold-mixup recipes`.
+        args: what follows ``manifold-mixup recipes``.
     """
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} recipes", description="Lists the packaged recipes, or prints one.", allow_abbrev=False

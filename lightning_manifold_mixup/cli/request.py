@@ -1,8 +1,8 @@
 """What a command line asks for, found before its parser is built: which classes, and what the data tells the model.
 
-`num_classes` and the like need not be set where the data module knows them: they are links of jsonargparse. A link has
-to be made before anything is parsed, and jsonargparse's own cannot be made for every model: it fails if the class lacks
-the argument, or if a function makes the network, and it overrides what the user has set. Hence this look ahead.
+``num_classes`` and the like need not be set where the data module knows them: they are links of jsonargparse. A link
+has to be made before anything is parsed, and jsonargparse's own cannot be made for every model: it fails if the class
+lacks the argument, or if a function makes the network, and it overrides what the user has set. Hence this look ahead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def asked_for(args: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: for an unknown recipe.
-        UsageError: for `--config` without a value.
+        UsageError: for ``--config`` without a value.
 
     Example:
         >>> asked_for(["--model", "Mine", "--model.init_args.alpha=0", "--data.batch_size", "5"])
@@ -78,10 +78,10 @@ def value(config: Any, key: str) -> Any:
 
 
 def class_of(path: Any, base: type) -> Any:
-    """Find the class or function of a `class_path`; None if it cannot be found.
+    """Find the class or function of a ``class_path``; None if it cannot be found.
 
     Args:
-        path: a dotted path, or the name alone of an imported subclass of `base`.
+        path: a dotted path, or the name alone of an imported subclass of ``base``.
         base: what is wanted.
 
     Example:
@@ -99,7 +99,7 @@ def links(config: dict[str, Any]) -> list[tuple[str, Callable[[Any], Any]]]:
     """Find what the data module has to tell the model.
 
     Args:
-        config: as `asked_for` returns it.
+        config: as ``asked_for`` returns it.
 
     Returns:
         For each argument that the model or its network takes and nobody has set: its key, and a function that reads the
@@ -121,7 +121,7 @@ def links(config: dict[str, Any]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _parameter(target: Any, name: str) -> inspect.Parameter | None:
-    """The argument of a class that has that name, its own or (through `**kwargs`) that of a base class."""
+    """The argument of a class that has that name, its own or (through ``**kwargs``) that of a base class."""
     if not isinstance(target, type):
         return None
     for base in target.__mro__:

@@ -61,10 +61,10 @@ class Run:
     """One training of one method with one seed.
 
     Args:
-        recipe: name or file, as `recipes.layers_of` takes it.
-        method: one of `LABELS`.
-        seed: for `seed_everything`.
-        overrides: further options of the command line, for all runs; `{seed}` in them stands for the seed.
+        recipe: name or file, as ``recipes.layers_of`` takes it.
+        method: one of ``LABELS``.
+        seed: for ``seed_everything``.
+        overrides: further options of the command line, for all runs; ``{seed}`` in them stands for the seed.
         out: folder of the comparison.
     """
 
@@ -115,12 +115,12 @@ def set_method(config: Any, method: str) -> None:
     """Turn a parsed configuration with Manifold Mixup into that of another method.
 
     Args:
-        config: with a `ManifoldMixupCallback` among the Trainer's callbacks, or a
-            model that has `alpha` (or `alpha_labelled` and `alpha_unlabelled`) and `layers`, as the modules of
+        config: with a ``ManifoldMixupCallback`` among the Trainer's callbacks, or a
+            model that has ``alpha`` (or ``alpha_labelled`` and ``alpha_unlabelled``) and ``layers``, as the modules of
             this package have.
             Changed in place.
-        method: `"none"`: no mixing. `"input"`: alpha 1 at the input. `"manifold"`: as the configuration has it.
-            `"manifold+clean"`: that, with the loss of the unmixed batch added (RegMixup, Pinto et al. 2022).
+        method: ``"none"``: no mixing. ``"input"``: alpha 1 at the input. ``"manifold"``: as the configuration has it.
+            ``"manifold+clean"``: that, with the loss of the unmixed batch added (RegMixup, Pinto et al. 2022).
 
     Raises:
         UsageError: if the configuration has no Manifold Mixup.
@@ -157,7 +157,7 @@ def train(cli: Prepared, folder: Path) -> Result:
 
     Args:
         cli: the configuration.
-        folder: for its logs, its configuration (`config.yaml`) and the trained weights (`last.ckpt`).
+        folder: for its logs, its configuration (``config.yaml``) and the trained weights (``last.ckpt``).
 
     Returns:
         Test metrics after the last epoch and, if the validation logs an error or a loss, after the epoch in which that
@@ -203,7 +203,7 @@ class History(Callback):
 
     Attributes:
         epochs: the metrics, by epoch.
-        best_epoch: the one with the lowest `val/error` (or `val/loss`, or `val_loss`); None without validation.
+        best_epoch: the one with the lowest ``val/error`` (or ``val/loss``, or ``val_loss``); None without validation.
         best_state: the module's state then.
     """
 

@@ -1,4 +1,4 @@
-"""Lightning's CLI for this package: `fit`, `validate`, `test`, `predict`, and configurations for the other commands."""
+"""Lightning's CLI for this package: ``fit``, ``validate``, ``test``, ``predict``, and what other commands parse."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def default_loggers() -> list[dict[str, Any]]:
 
 
 class RecipeAction(ActionConfigFile):
-    """The option `--config`: a file, or the name of a recipe."""
+    """The option ``--config``: a file, or the name of a recipe."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Put the configuration into the namespace."""
         files = recipes.layers_of(values)
-        # The layers of a recipe are merged here: jsonargparse wants every `class_path` in the first of several files.
+        # The layers of a recipe are merged here: jsonargparse wants every ``class_path`` in the first of several files.
         config = str(files[0]) if len(files) == 1 else yaml.safe_dump(recipes.read(files), sort_keys=False)
         super().__call__(parser, cfg, config, option_string)  # type: ignore[no-untyped-call]
 
@@ -66,8 +66,8 @@ class Parser(LightningArgumentParser):
 class ManifoldMixupCLI(LightningCLI):
     """Lightning's CLI with the names of recipes, the model's sizes taken from the data, and a table after training.
 
-    `model` may be any LightningModule, by default a `ManifoldMixupModule`; `data` may be any LightningDataModule.
-    Without `--config`, `--model` and `--data`, the recipe is `digits`.
+    ``model`` may be any LightningModule, by default a ``ManifoldMixupModule``; ``data`` may be any LightningDataModule.
+    Without ``--config``, ``--model`` and ``--data``, the recipe is ``digits``.
 
     Args:
         args: the command line, as a list.
@@ -119,8 +119,8 @@ class ManifoldMixupCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Lightning's own method warns if there are both `args` and `sys.argv`. The latter must stay as it is, because
-        # DDP starts the other processes with it.
+        # Lightning's own method warns if there are both ``args`` and ``sys.argv``. The latter must stay as it is: DDP
+        # starts the other processes with it.
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     @override
@@ -144,12 +144,12 @@ class ManifoldMixupCLI(LightningCLI):
 
 
 class Prepared(ManifoldMixupCLI):
-    """A parsed configuration, of which nothing has been made yet: `config` may be changed before `make` is called."""
+    """A parsed configuration of which nothing has been made yet: ``config`` may be changed until ``make`` is called."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        for name in ("--ckpt_path", "--weights_only"):  # in the files that `fit --print_config` writes
+        for name in ("--ckpt_path", "--weights_only"):  # in the files that ``fit --print_config`` writes
             parser.add_argument(name, default=None)
 
     @override

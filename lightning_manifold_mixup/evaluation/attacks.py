@@ -1,7 +1,7 @@
 """Adversarial examples of one step and of several steps, and the accuracy under them.
 
 Epsilons are in pixel units: 4/255 moves a pixel of an 8-bit image by at most 4 steps, whatever normalisation the
-model's input went through. Images come in, and go out, as the model takes them; `mean` and `std` say how they were
+model's input went through. Images come in, and go out, as the model takes them; ``mean`` and ``std`` say how they were
 normalised.
 
 The paper (Verma et al., arXiv 1806.05236) reports FGSM without stating epsilon. It says that Manifold Mixup does not
@@ -44,7 +44,7 @@ def fgsm(
     """Move every pixel by epsilon in the direction that raises the loss (Goodfellow et al., arXiv 1412.6572).
 
     Args:
-        model: gives logits (n, classes) for images. Used in the mode it is in: call `model.eval()` before.
+        model: gives logits (n, classes) for images. Used in the mode it is in: call ``model.eval()`` before.
         images: (n, channels, ...), normalised as the model takes them.
         target: (n,) class indices.
         epsilon: largest change of a pixel, in pixel units (pixels lie in [0, 1]).
@@ -52,10 +52,10 @@ def fgsm(
         std: divided by in the normalisation, one number or one per channel.
 
     Returns:
-        The attacked images, normalised like `images`, within epsilon of them and within the valid pixel range.
+        The attacked images, normalised like ``images``, within epsilon of them and within the valid pixel range.
 
     Raises:
-        ValueError: if `mean` and `std` do not take the images back to pixels in [0, 1].
+        ValueError: if ``mean`` and ``std`` do not take the images back to pixels in [0, 1].
 
     Example:
         >>> model = lambda x: torch.stack([-x.sum(1), x.sum(1)], 1)  # class 1 for bright images
@@ -81,12 +81,12 @@ def pgd(
 ) -> Tensor:
     """Take several signed gradient steps, staying within epsilon of the image (Madry et al., arXiv 1706.06083).
 
-    Works inside `torch.no_grad` and `torch.inference_mode`. Only the gradient with respect to the images is computed:
-    no `.grad` of a parameter changes. It is computed without autocast, because float16 gradients of confident samples
-    underflow to 0, and a zero gradient does not change the image.
+    Works inside ``torch.no_grad`` and ``torch.inference_mode``. Only the gradient with respect to the images is
+    computed: no ``.grad`` of a parameter changes. It is computed without autocast, because float16 gradients of
+    confident samples underflow to 0, and a zero gradient does not change the image.
 
     Args:
-        model: gives logits (n, classes) for images. Used in the mode it is in: call `model.eval()` before.
+        model: gives logits (n, classes) for images. Used in the mode it is in: call ``model.eval()`` before.
         images: (n, channels, ...), normalised as the model takes them.
         target: (n,) class indices.
         epsilon: largest change of a pixel, in pixel units (pixels lie in [0, 1]).
@@ -97,10 +97,10 @@ def pgd(
         std: divided by in the normalisation, one number or one per channel.
 
     Returns:
-        The attacked images, normalised like `images`, within epsilon of them and within the valid pixel range.
+        The attacked images, normalised like ``images``, within epsilon of them and within the valid pixel range.
 
     Raises:
-        ValueError: if `mean` and `std` do not take the images back to pixels in [0, 1], or `steps` is below 1.
+        ValueError: if ``mean`` and ``std`` do not take the images back to pixels in [0, 1], or ``steps`` is below 1.
 
     Example:
         >>> model = lambda x: torch.stack([-x.sum(1), x.sum(1)], 1)
@@ -144,7 +144,8 @@ def adversarial_correct(
         images: (n, channels, ...), normalised as the model takes them.
         target: (n,) class indices.
         epsilons: strengths in pixel units; 0 is no attack.
-        attack: `fgsm`, `pgd`, or either with its options bound: `functools.partial(pgd, steps=20, mean=..., std=...)`.
+        attack: ``fgsm``, ``pgd``, or either with its options bound: ``functools.partial(pgd, steps=20, mean=...,
+            std=...)``.
 
     Returns:
         Booleans (len(epsilons), n). Their mean over all batches is the accuracy under attack.
@@ -163,19 +164,19 @@ def adversarial_correct(
 
 
 class AttackCallback(EvaluationCallback):
-    """Report the accuracy under FGSM and PGD in `trainer.validate` and `trainer.test`.
+    """Report the accuracy under FGSM and PGD in ``trainer.validate`` and ``trainer.test``.
 
-    Writes `<stage>_attacks.csv`, `.json` and `.png`, prints the table and logs the numbers
-    (`test_attacks/fgsm_4_255_accuracy`) and the figure. A PGD pass costs `pgd_steps` forward and backward passes over
-    the data for each epsilon.
+    Writes ``<stage>_attacks.csv``, ``.json`` and ``.png``, prints the table and logs the numbers
+    (``test_attacks/fgsm_4_255_accuracy``) and the figure. A PGD pass costs ``pgd_steps`` forward and backward passes
+    over the data for each epsilon.
 
     Args:
         epsilons: attack strengths in pixel units, as numbers (0.0157) or fractions ("4/255").
         mean: subtracted from the pixels by the data's normalisation, one number or one per channel. If None, the
-            attribute `mean` of the Trainer's data module; 0 if it has none.
+            attribute ``mean`` of the Trainer's data module; 0 if it has none.
         std: divided by in the data's normalisation, likewise; 1 if the data module has none.
         pgd_steps: gradient steps of PGD, which starts at a random point; with 0 only FGSM is run.
-        kwargs: the arguments of `EvaluationCallback`; `seed` draws PGD's starting points.
+        kwargs: the arguments of ``EvaluationCallback``; ``seed`` draws PGD's starting points.
 
     Example:
         >>> callback = AttackCallback(["2/255", "4/255"], mean=[0.49, 0.48, 0.45], std=[0.25, 0.24, 0.26])

@@ -50,9 +50,9 @@ class CalibrationCallback(EvaluationCallback):
     """Report NLL, Brier score, ECE and confidence on test data, and confidence away from it.
 
     Rows are the test data ("data"), the same after temperature scaling ("data scaled"), points between test points
-    ("interpolation 0.5"), noise, and other data where they are given. Writes `<stage>_calibration.csv`, `.json` (with
-    the bins) and `.png` (reliability diagram, histogram of confidence, confidence between test points), prints the
-    table and logs the numbers (`test_calibration/data_scaled_ece`) and the figure.
+    ("interpolation 0.5"), noise, and other data where they are given. Writes ``<stage>_calibration.csv``, ``.json``
+    (with the bins) and ``.png`` (reliability diagram, histogram of confidence, confidence between test points), prints
+    the table and logs the numbers (``test_calibration/data_scaled_ece``) and the figure.
 
     Args:
         lams: points between an image and a random partner of its batch, as weights of the image: 0.5 is halfway. (With
@@ -61,7 +61,7 @@ class CalibrationCallback(EvaluationCallback):
         held_out: data to fit the temperature on, a loader or (its validation loader) a data module. None takes the
             validation data of the Trainer's data module in a test; without any, there is no row "data scaled".
         other_data: data of another kind, a loader or (its test loader) a data module, to be told from the test data.
-        kwargs: the arguments of `EvaluationCallback`; `seed` draws partners and noise.
+        kwargs: the arguments of ``EvaluationCallback``; ``seed`` draws partners and noise.
 
     The column "auroc" is the probability that a test sample has more confidence than one of noise, or of other data.
 
@@ -206,7 +206,7 @@ def plot_reliability(ax: Axes, bins: dict[str, list[float]], ece: float) -> None
 
     Args:
         ax: to draw on.
-        bins: what `ConfidenceBins.compute` gave.
+        bins: what ``ConfidenceBins.compute`` gave.
         ece: expected calibration error, for the title.
     """
     num_bins = len(bins["count"])
@@ -222,7 +222,7 @@ def plot_histogram(ax: Axes, bins: dict[str, dict[str, list[float]]]) -> None:
 
     Args:
         ax: to draw on.
-        bins: for each kind of input, what `ConfidenceBins.compute` gave.
+        bins: for each kind of input, what ``ConfidenceBins.compute`` gave.
     """
     for name, counts in bins.items():
         count = torch.tensor(counts["count"])

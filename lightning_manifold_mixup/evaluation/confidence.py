@@ -29,7 +29,7 @@ def interpolate(images: Tensor, lam: float, partners: Tensor) -> Tensor:
     Args:
         images: (n, ...).
         lam: weight of the image itself; 1 - lam is the weight of its partner.
-        partners: (n,), `partners[i]` is the partner of image i.
+        partners: (n,), ``partners[i]`` is the partner of image i.
 
     Returns:
         The mixed images, same shape.

@@ -94,15 +94,15 @@ def deform(
 
 
 class DeformationCallback(EvaluationCallback):
-    """Report the accuracy under the paper's eight deformations in `trainer.validate` and `trainer.test`.
+    """Report the accuracy under the paper's eight deformations in ``trainer.validate`` and ``trainer.test``.
 
-    Writes `<stage>_deformations.csv`, `.json` and `.png`, prints the table and logs the numbers
-    (`test_deformations/rotation_20_accuracy`) and the figure. Every run sees the same deformations.
+    Writes ``<stage>_deformations.csv``, ``.json`` and ``.png``, prints the table and logs the numbers
+    (``test_deformations/rotation_20_accuracy``) and the figure. Every run sees the same deformations.
 
     Args:
         fill: value of pixels from outside the image, in the units of the batch, one number or one per channel. 0 in
             normalised images is the mean colour.
-        kwargs: the arguments of `EvaluationCallback`; `seed` draws the angles.
+        kwargs: the arguments of ``EvaluationCallback``; ``seed`` draws the angles.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[DeformationCallback()], logger=False, enable_checkpointing=False)

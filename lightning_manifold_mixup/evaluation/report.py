@@ -1,7 +1,7 @@
 """Reports of results: the rows as a table, as CSV and JSON, as a picture, and in the logger.
 
-`EvaluationCallback` has what all evaluations share. What is measured is in `attacks.py`, `deformations.py`,
-`calibration.py` and `spectrum.py`.
+``EvaluationCallback`` has what all evaluations share. What is measured is in ``attacks.py``, ``deformations.py``,
+``calibration.py`` and ``spectrum.py``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # `with_suffix` would cut a name that has a dot
+    # ``with_suffix`` would cut a name that has a dot
     table, data, picture = (path.parent / f"{path.name}.{suffix}" for suffix in ("csv", "json", "png"))
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -104,24 +104,25 @@ def axes(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 metrics for a model on `device` go: there, or to the CPU where MPS has no float64."""
+    """Where float64 metrics for a model on ``device`` go: there, or to the CPU where MPS has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 class EvaluationCallback(Callback, ABC):
-    """Base class of evaluations on the batches of `trainer.validate` and `trainer.test`.
+    """Base class of evaluations on the batches of ``trainer.validate`` and ``trainer.test``.
 
-    A subclass measures one batch in `update`, returns the results in `compute` and draws them in `plot`. It may call
-    `record` to average over all batches and ranks, and draw random numbers from `self.generator`. Of several
-    dataloaders, the first is evaluated. `rows` are the results of the last run.
+    A subclass measures one batch in ``update``, returns the results in ``compute`` and draws them in ``plot``. It may
+    call ``record`` to average over all batches and ranks, and draw random numbers from ``self.generator``. Of several
+    dataloaders, the first is evaluated. ``rows`` are the results of the last run.
 
-    Override `should_evaluate` to evaluate at other times and `logits` for a module whose forward does not give logits.
+    Override ``should_evaluate`` to evaluate at other times and ``logits`` for a module whose forward does not give
+    logits.
 
     Args:
         seed: of the callback's own generator; every run draws the same numbers.
         dirname: where the files go; the logger's directory if None.
-        input_key: where the images are in a batch: an index or a name, with dots for nested batches (`"labelled.0"`).
-            None finds them, as `ManifoldMixupCallback` does.
+        input_key: where the images are in a batch: an index or a name, with dots for nested batches (``"labelled.0"``).
+            None finds them, as ``ManifoldMixupCallback`` does.
         target_key: where the class indices are, likewise.
         verbose: whether to print the table.
     """
@@ -147,7 +148,7 @@ class EvaluationCallback(Callback, ABC):
 
     @abstractmethod
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:
-        """Measure one batch; `self.logits(pl_module, images)` returns the logits (n, classes)."""
+        """Measure one batch; ``self.logits(pl_module, images)`` returns the logits (n, classes)."""
 
     @abstractmethod
     def compute(self) -> tuple[list[Row], dict[str, Any]]:
@@ -155,14 +156,14 @@ class EvaluationCallback(Callback, ABC):
 
     @abstractmethod
     def plot(self, rows: list[Row], details: dict[str, Any]) -> Figure:
-        """Draw the results of `compute`. Called on rank 0."""
+        """Draw the results of ``compute``. Called on rank 0."""
 
     def start(self) -> None:
         """Reset what the last run has recorded. A subclass with metrics of its own resets them here, too."""
         self.means = {}
 
     def record(self, key: str, values: Tensor) -> None:
-        """Add values to the mean `self.means[key]`, which is taken over all batches and ranks."""
+        """Add values to the mean ``self.means[key]``, which is taken over all batches and ranks."""
         if key not in self.means:
             self.means[key] = MeanMetric()
             # under "16-true" the default is float16, which cannot count above 2048
@@ -171,7 +172,7 @@ class EvaluationCallback(Callback, ABC):
         self.means[key].update(values)
 
     def should_evaluate(self, trainer: L.Trainer) -> bool:
-        """Decide whether to evaluate; by default not in the validation during `fit`, because of the cost."""
+        """Decide whether to evaluate; by default not in the validation during ``fit``, because of the cost."""
         return trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
 
     def logits(self, pl_module: L.LightningModule, images: Tensor) -> Tensor:
@@ -226,7 +227,8 @@ class EvaluationCallback(Callback, ABC):
         pl_module.log_dict({f"{name}/{key}": value for key, value in scalars(rows).items()}, sync_dist=True)
         if getattr(trainer, "fast_dev_run", False):
             return  # a run for debugging writes no files
-        dirname = trainer.log_dir if self.dirname is None else self.dirname  # `log_dir` needs all ranks: it broadcasts
+        # ``log_dir`` broadcasts, so all ranks ask for it.
+        dirname = trainer.log_dir if self.dirname is None else self.dirname
         if trainer.is_global_zero:
             figure = self.plot(rows, details)
             write_report(rows, Path(dirname or ".") / name, figure, **details)

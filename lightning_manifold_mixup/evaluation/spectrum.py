@@ -41,7 +41,7 @@ def spectrum_summary(singular_values: Tensor, num_directions: int) -> dict[str, 
     Returns:
         Each (...): "largest", and "rest", the sum of all others; "effective_rank", the exponential of the entropy of
         the singular values scaled to sum 1 (Roy & Vetterli, EUSIPCO 2007); "variance_share", of the sum of squares
-        that lies in the first `num_directions`. The last two are NaN where all singular values are 0.
+        that lies in the first ``num_directions``. The last two are NaN where all singular values are 0.
 
     Example:
         >>> summary = spectrum_summary(torch.tensor([3.0, 3.0, 0.0]), num_directions=1)
@@ -61,7 +61,7 @@ def spectrum_summary(singular_values: Tensor, num_directions: int) -> dict[str, 
 class ClassSpectrum(Metric):
     """Singular values of each class's hidden states, accumulated over batches.
 
-    The matrix of a class has the shape (n_c, features); its mean is subtracted if `centred`. The values grow with the
+    The matrix of a class has the shape (n_c, features); its mean is subtracted if ``centred``. The values grow with the
     square root of n_c, as in the paper. Only counts, sums and second moments are kept, in float64: memory is
     num_classes * features^2 * 8 bytes, whatever the number of samples, and ranks are reduced by addition.
 
@@ -138,7 +138,7 @@ class ClassSpectrum(Metric):
         """Compute the spectra and their summaries.
 
         Returns:
-            "singular_values" (num_classes, num_features), descending, and the entries of `spectrum_summary`, each
+            "singular_values" (num_classes, num_features), descending, and the entries of ``spectrum_summary``, each
             (num_classes,), with num_classes - 1 directions, as many as Theorem 1 needs. NaN for a class not seen.
         """
         moment = self.moment
@@ -154,11 +154,11 @@ class ClassSpectrum(Metric):
         """Draw the spectrum of each class, and their mean.
 
         Args:
-            val: the result of `compute`; computed if None.
+            val: the result of ``compute``; computed if None.
             ax: to draw on; a new figure's if None.
 
         Returns:
-            The figure (None if `ax` was given) and the axes.
+            The figure (None if ``ax`` was given) and the axes.
 
         Raises:
             ModuleNotFoundError: without matplotlib.
@@ -205,7 +205,7 @@ def hidden_states(
     Args:
         model: holds the layers.
         images: (n, ...).
-        layers: names of submodules, and globs, as `ManifoldMixupCallback` takes them; "input" is the input itself.
+        layers: names of submodules, and globs, as ``ManifoldMixupCallback`` takes them; "input" is the input itself.
         pool: average over all dimensions behind the second (positions of images and sequences) instead of flattening.
         forward: runs the model on the images; the model itself if None.
 
@@ -249,16 +249,17 @@ def _flat(layer: str, outputs: list[Any], pool: bool) -> Tensor:
 
 
 class RepresentationCallback(EvaluationCallback):
-    """Report how flat the classes are at some layers, in every validation (also during `fit`) and test.
+    """Report how flat the classes are at some layers, in every validation (also during ``fit``) and test.
 
-    Writes `<stage>_representations.csv`, `.json` (with the singular values) and `.png`, and logs the numbers, means
-    over classes (`val_representations/model.layer1_rest`), and the figure. Costs one more forward pass per batch.
+    Writes ``<stage>_representations.csv``, ``.json`` (with the singular values) and ``.png``, and logs the numbers,
+    means over classes (``val_representations/model.layer1_rest``), and the figure. Costs one more forward pass per
+    batch.
 
     Args:
-        layers: names of the module's submodules, and globs (`"model.layer*"`); "input" is the input itself.
+        layers: names of the module's submodules, and globs (``"model.layer*"``); "input" is the input itself.
         pool: average over positions of images and sequences instead of flattening.
         centred: subtract each class's mean.
-        kwargs: the arguments of `EvaluationCallback`; nothing is random here, so `seed` has no effect.
+        kwargs: the arguments of ``EvaluationCallback``; nothing is random here, so ``seed`` has no effect.
 
     Example:
         >>> callback = RepresentationCallback(layers=["model.layer1", "model.layer2"], pool=True)

@@ -34,13 +34,13 @@ class Call:
     """One call of a layer.
 
     Attributes:
-        order: Position among all calls, in the order in which they returned.
-        marks: The tensors of content that it returned.
-        shapes: Shapes of all tensors of floating point numbers that it returned, in the order of the structure.
-        from_input: For each of `shapes`, whether the tensor holds content (a codebook, say, comes from the weights).
-        carries_gradient: Whether it ran in a forward pass that is back-propagated.
-        training: Whether it ran in training mode; in eval mode, which is for teachers, nothing is mixed.
-        transformed: Whether it ran inside a transform such as `torch.vmap`.
+        order: position among all calls, in the order in which they returned.
+        marks: the tensors of content that it returned.
+        shapes: shapes of all tensors of floating point numbers that it returned, in the order of the structure.
+        from_input: for each of ``shapes``, whether the tensor holds content (a codebook, say, comes from the weights).
+        carries_gradient: whether it ran in a forward pass that is back-propagated.
+        training: whether it ran in training mode; in eval mode, which is for teachers, nothing is mixed.
+        transformed: whether it ran inside a transform such as ``torch.vmap``.
     """
 
     order: int
@@ -80,16 +80,16 @@ class Layer:
     """A layer with what was found about it.
 
     Attributes:
-        name: Its name, relative to the observed module.
-        module: The module, None for the input.
-        calls: Its calls, in order.
-        live: Those of them whose output reaches the end of the network.
-        verdict: The finding.
-        group: Layers of one group return the same tensor.
+        name: its name, relative to the observed module.
+        module: the module, None for the input.
+        calls: its calls, in order.
+        live: those of them whose output reaches the end of the network.
+        verdict: the finding.
+        group: layers of one group return the same tensor.
         position: A number that grows from the input to the logits; -1 if it was not called on the way.
-        depth: How many operations on the way, up to its output, have used weights.
-        batch_dims: For each float tensor of its output, which dimension runs over samples, None if none does.
-        ambiguous: Whether that was a guess, as dimensions 0 and 1 both have the size of the batch.
+        depth: how many operations on the way, up to its output, have used weights.
+        batch_dims: for each float tensor of its output, which dimension runs over samples, None if none does.
+        ambiguous: whether that was a guess, as dimensions 0 and 1 both have the size of the batch.
     """
 
     name: str
@@ -114,9 +114,9 @@ class Rows:
     """What counts samples, and what counts something else.
 
     Attributes:
-        sizes: The numbers of samples of the groups that a layer is called on in turn; usually one.
-        batch_dim: The dimension that runs over samples, None to tell it by its size.
-        others: First sizes of inputs that have no dimension of samples (nodes, points, tokens).
+        sizes: the numbers of samples of the groups that a layer is called on in turn; usually one.
+        batch_dim: the dimension that runs over samples, None to tell it by its size.
+        others: first sizes of inputs that have no dimension of samples (nodes, points, tokens).
     """
 
     sizes: tuple[int, ...]
@@ -145,11 +145,11 @@ def analyse(
     """Judge every layer.
 
     Args:
-        root: The observed module.
-        calls: The calls of each layer, by name.
-        flow: The record of what flowed between them.
-        ends: The nodes of the network's outputs; None to take the content that met a target.
-        rows: What counts samples.
+        root: the observed module.
+        calls: the calls of each layer, by name.
+        flow: the record of what flowed between them.
+        ends: the nodes of the network's outputs; None to take the content that met a target.
+        rows: what counts samples.
 
     Returns:
         The layers, the input first, and whether the end of the network was found.

@@ -5,7 +5,7 @@ predecessors are the nodes of what it read. *Content* is a tensor of floating po
 from the input: a float input itself, or what integer inputs look up in a parameter. Integers and booleans that come
 from the input (masks, lengths, positions) are no content: what they steer is mixed all the same.
 
-The record watches calls at the level of `torch.*` functions, not of kernels, for there a tensor has an identity. That
+The record watches calls at the level of ``torch.*`` functions, not of kernels, for there a tensor has an identity. That
 is what tells a layer's output from another reference to the same memory, and a mixing hook replaces the former only.
 """
 
@@ -40,16 +40,16 @@ class Flow(TorchFunctionMode):
     """The record of a forward pass. It changes nothing: every operation runs as it would have.
 
     Attributes:
-        predecessors: For each node the nodes it was computed from. Nodes are numbered in the order of computation, so
+        predecessors: for each node the nodes it was computed from. Nodes are numbered in the order of computation, so
             this is a topological order.
-        weighted: For each node, whether its operation also read a parameter of two or more dimensions.
-        exchanged: For each node, whether its operation moved rows to each other by indices of the batch, such as the
+        weighted: for each node, whether its operation also read a parameter of two or more dimensions.
+        exchanged: for each node, whether its operation moved rows to each other by indices of the batch, such as the
             edges of a graph.
-        meetings: Nodes at which content that carries a gradient met something derived from the targets, with that
+        meetings: nodes at which content that carries a gradient met something derived from the targets, with that
             content.
-        silent_meetings: The same for content that carries no gradient (metrics, soft labels, the inside of a custom
+        silent_meetings: the same for content that carries no gradient (metrics, soft labels, the inside of a custom
             function).
-        losses: Those of both whose result is a single number.
+        losses: those of both whose result is a single number.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,8 @@ class Flow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        # What is asked of a tensor here must not reach `__torch_function__` of its subclass (labels in superposition).
+        # Labels in superposition are a tensor subclass: what is asked of a tensor here must not reach its
+        # ``__torch_function__``.
         with torch._C.DisableTorchFunctionSubclass():
             reads = [_read(tensor) for tensor in tensors(value_arguments(name, args, kwargs))]
         out = func(*args, **kwargs)
@@ -248,7 +249,7 @@ class Flow(TorchFunctionMode):
         return node
 
     def _behind(self, grad_fn: Any) -> tuple[tuple[int, ...], bool]:
-        """Find the nearest content that autograd knows behind `grad_fn`, and whether a weight lies before that."""
+        """Find the nearest content that autograd knows behind ``grad_fn``, and whether a weight lies before that."""
         nodes: dict[int, None] = {}
         weighted = False
         stack, seen = [grad_fn], set()
@@ -295,7 +296,7 @@ def value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor lives inside a transform such as `torch.vmap`, and does not know its own gradient."""
+    """Whether a tensor lives inside a transform such as ``torch.vmap``, and does not know its own gradient."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

@@ -11,26 +11,26 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 INPUT = "input"
-"""The name of layer 0, the network's input. It is no module, so it has no entry in `named_layers`."""
+"""The name of layer 0, the network's input. It is no module, so it has no entry in ``named_layers``."""
 
 # Names that no user gives to an attribute of their own: torch.compile, activation checkpointing, FSDP.
 _PRIVATE = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-# `module` is a name that users do choose, so it is a wrapper's only below these.
+# ``module`` is a name that users do choose, so it is a wrapper's only below these.
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def named_layers(root: nn.Module) -> dict[str, nn.Module]:
-    """Map the name of every layer below `root` to the module that a forward hook for this name belongs on.
+    """Map the name of every layer below ``root`` to the module that a forward hook for this name belongs on.
 
-    Components that a wrapper adds (`_orig_mod`, `_checkpoint_wrapped_module`, `_fsdp_wrapped_module`, and `module`
-    below `DistributedDataParallel` and `DataParallel`) are left out of the names, so a wrapper and the module inside
-    it share one. A module registered under two names has an entry for each.
+    Components that a wrapper adds (``_orig_mod``, ``_checkpoint_wrapped_module``, ``_fsdp_wrapped_module``, and
+    ``module`` below ``DistributedDataParallel`` and ``DataParallel``) are left out of the names, so a wrapper and the
+    module inside it share one. A module registered under two names has an entry for each.
 
     Args:
-        root: The module the names are relative to. It has no entry itself.
+        root: the module the names are relative to. It has no entry itself.
 
     Returns:
-        Names in the order of `root.named_modules()`, with their modules.
+        Names in the order of ``root.named_modules()``, with their modules.
 
     Example:
         >>> import torch
@@ -59,19 +59,19 @@ def named_layers(root: nn.Module) -> dict[str, nn.Module]:
 def resolve_layers(root: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Expand names and globs into layer names.
 
-    A glob is matched part by part, so `*` does not cross a dot: `model.layer*` gives `model.layer1` to `model.layer4`,
-    and not `model.layer1.0`. Names that carry a wrapper's components (`_orig_mod`, ...) are understood too. `"input"`
-    is layer 0, and is passed through.
+    A glob is matched part by part, so ``*`` does not cross a dot: ``model.layer*`` gives ``model.layer1`` to
+    ``model.layer4``, and not ``model.layer1.0``. Names that carry a wrapper's components (``_orig_mod``, ...) are
+    understood too. ``"input"`` is layer 0, and is passed through.
 
     Args:
-        root: The module the names are relative to.
-        patterns: Exact names and globs (`*`, `?`, `[12]`).
+        root: the module the names are relative to.
+        patterns: exact names and globs (``*``, ``?``, ``[12]``).
 
     Returns:
         Names in the order of the patterns (within a glob: in the order of the modules), each once.
 
     Raises:
-        ValueError: If `patterns` is empty, a name is unknown, or a glob matches nothing.
+        ValueError: if ``patterns`` is empty, a name is unknown, or a glob matches nothing.
 
     Example:
         >>> net = nn.ModuleDict({"layer1": nn.Sequential(nn.ReLU()), "layer2": nn.ReLU(), "head": nn.ReLU()})
@@ -105,14 +105,14 @@ def weighted_layers(root: nn.Module, layers: str | Sequence[str] | Mapping[str, 
     """Expand what a user writes for S into layer names with their weights.
 
     Args:
-        root: The module the names are relative to.
+        root: the module the names are relative to.
         layers: A name or glob, several of them, or a mapping from them to weights > 0.
 
     Returns:
         The weight of each layer; 1 unless it was given.
 
     Raises:
-        ValueError: If a name is unknown or is there twice, or a weight is not a positive number.
+        ValueError: if a name is unknown or is there twice, or a weight is not a positive number.
 
     Example:
         >>> net = nn.ModuleDict({"layer1": nn.ReLU(), "layer2": nn.ReLU()})
@@ -141,11 +141,11 @@ def weighted_layers(root: nn.Module, layers: str | Sequence[str] | Mapping[str, 
 
 
 def unknown_layer(name: str, root: nn.Module) -> str:
-    """Say that `root` has no layer `name`, and which names come near.
+    """Say that ``root`` has no layer ``name``, and which names come near.
 
     Args:
-        name: The name that was asked for.
-        root: The module the names are relative to.
+        name: the name that was asked for.
+        root: the module the names are relative to.
 
     Returns:
         Sentences for an error.
@@ -158,14 +158,15 @@ def unknown_layer(name: str, root: nn.Module) -> str:
 
 
 def unknown_name(name: str, known: Sequence[str], model: str) -> str:
-    """Say the same of a name that is not among the `known` ones of a `model`."""
+    """Say the same of a name that is not among the ``known`` ones of a ``model``."""
     hint = near_misses(name, known) or f" The outermost ones: {', '.join(repr(n) for n in known if '.' not in n)}."
     return f"Expected the name of a layer of {model}, got {name!r}.{hint}"
 
 
 def near_misses(name: str, known: Sequence[str]) -> str:
-    """Return ` Did you mean ...?` with the closest known names, or nothing."""
-    # A name without its first part (`layer1` for `model.layer1`) is the commonest slip, and no near miss by letters.
+    """Return `` Did you mean ...?`` with the closest known names, or nothing."""
+    # The most frequent mistake, a name without its first part (``layer1`` for ``model.layer1``), is no near miss by
+    # letters.
     tails = [candidate for candidate in known if candidate.endswith(f".{name}")]
     close = difflib.get_close_matches(name, [INPUT, *known], n=10)
     close.sort(key=lambda candidate: candidate.count(".") != name.count("."))

@@ -13,9 +13,9 @@ def count_paths(
     """Count the paths of a graph whose nodes are numbered in topological order.
 
     Args:
-        predecessors: The predecessors of each node.
-        sinks: Where paths end. A path may run through one sink to another.
-        source: Where paths begin.
+        predecessors: the predecessors of each node.
+        sinks: where paths end. A path may run through one sink to another.
+        source: where paths begin.
 
     Returns:
         For each node the number of paths from the source to it, and the number of paths from it to a sink. Their
@@ -49,7 +49,7 @@ def find_sinks(flow: Flow) -> list[int]:
     they come from one already.
 
     Args:
-        flow: The record.
+        flow: the record.
 
     Returns:
         Nodes; none if no target was compared with what the network makes.

@@ -14,7 +14,7 @@ IN_MEMORY = (
     r"The number of training batches",
     r"You defined a `validation_step` but have no `val_dataloader`",
 )
-"""Warnings that do not apply to small data in memory: their patterns, for `quiet_lightning`."""
+"""Warnings that do not apply to small data in memory: their patterns, for ``quiet_lightning``."""
 
 # torch 2.14 deprecates what Lightning 2.6 calls
 _ITS_OWN = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
@@ -27,7 +27,7 @@ def quiet_lightning(level: int = logging.INFO, *ignored: str) -> Iterator[None]:
     Its advertisements and its deprecated calls of torch are always dropped; no setting of Lightning does that.
 
     Args:
-        level: the least severe messages of Lightning that are shown, as in `logging`. If a stricter level is set
+        level: the least severe messages of Lightning that are shown, as in ``logging``. If a stricter level is set
             already, it stays.
         ignored: patterns of warnings that are dropped as well.
 

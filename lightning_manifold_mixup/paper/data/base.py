@@ -27,7 +27,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
     """Loaders of (input, label) batches over three labelled sets, loaded when first asked for.
 
     Training is shuffled, evaluation is not. An incomplete last batch is kept. Under DDP, Lightning adds its distributed
-    sampler. Subclasses give the sets (`make_dataset`) and `class_names`.
+    sampler. Subclasses give the sets (``make_dataset``) and ``class_names``.
 
     Args:
         batch_size: samples of a training batch (on each device).
@@ -35,7 +35,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         num_workers: worker processes of each loader, kept alive between epochs. For data in memory on two
             cores, 0 is the fastest; files that are decoded on request need more.
         pin_memory: page-locked batches, for faster copies to a GPU; without a GPU it has no effect.
-        seed: of the splits and subsets. The order of batches follows `seed_everything` instead.
+        seed: of the splits and subsets. The order of batches follows ``seed_everything`` instead.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         )
 
     def generator(self) -> torch.Generator:
-        """Make a generator from `seed`. Each kind of draw uses a new one, so that one does not change another."""
+        """Make a generator from ``seed``. Each kind of draw uses a new one, so that one does not change another."""
         return torch.Generator().manual_seed(self.seed)
 
     def _dataset(self, split: Split) -> LabelledDataset | None:
@@ -168,23 +168,23 @@ class ImageSpec:
 class ImageDataModule(ClassificationDataModule):
     """Images as uint8, split by seed, augmented and normalised a batch at a time.
 
-    Subclasses give a `spec` and `load`.
+    Subclasses give a ``spec`` and ``load``.
 
     Args:
         batch_size: samples of a training batch (on each device).
         eval_batch_size: samples of a validation, test or prediction batch.
-        val_size: validation samples taken out of the training split, class-balanced, by `seed`: a number, or a share
-            below 1; 0 for none. `"test"` validates on the test set: the papers' "best" error is the lowest of these.
-        labels_per_class: train on that many samples of each class only, drawn by `seed` from what validation leaves;
+        val_size: validation samples taken out of the training split, class-balanced, by ``seed``: a number, or a share
+            below 1; 0 for none. ``"test"`` validates on the test set: the papers' "best" error is the lowest of these.
+        labels_per_class: train on that many samples of each class only, drawn by ``seed`` from what validation leaves;
             None for all. A smaller number gives a subset of a larger one.
         padding: of the random crop; None for the data set's own (the papers' code), 0 for none.
         flip: whether training images are mirrored at random; None for the data set's own.
         train_transform: in place of crop and flip, a transform of one uint8 image (channels, height, width), such as
-            those of `torchvision.transforms.v2`. Slower: it runs image by image.
+            those of ``torchvision.transforms.v2``. Slower: it runs image by image.
         num_workers: worker processes of each loader, kept alive between epochs. For images in memory on two
             cores, 0 is the fastest; files that are decoded on request need more.
         pin_memory: page-locked batches, for faster copies to a GPU; without a GPU it has no effect.
-        seed: of the splits and subsets. The order of batches and the augmentation follow `seed_everything` instead.
+        seed: of the splits and subsets. The order of batches and the augmentation follow ``seed_everything`` instead.
 
     Attributes:
         num_classes, in_channels, image_size, class_names: what a model needs to know.

@@ -1,6 +1,6 @@
 """Data sets that hand out whole batches: uint8 images, in memory or on disk, augmented and normalised at once.
 
-A `DataLoader` asks a data set that has `__getitems__` for all samples of a batch in one call. Cropping, flipping,
+A ``DataLoader`` asks a data set that has ``__getitems__`` for all samples of a batch in one call. Cropping, flipping,
 converting and normalising the whole batch at once is about ten times as fast as image by image.
 """
 
@@ -33,7 +33,7 @@ __all__ = [
 def random_crop(images: Tensor, padding: int, offsets: Tensor | None = None) -> Tensor:
     """Pad with zeros (black) and crop back to the same size, each image at its own random place.
 
-    The distribution is that of `torchvision.transforms.v2.RandomCrop(size, padding=padding)` for each image.
+    The distribution is that of ``torchvision.transforms.v2.RandomCrop(size, padding=padding)`` for each image.
 
     Args:
         images: (n, channels, height, width), any dtype.
@@ -61,7 +61,7 @@ def random_crop(images: Tensor, padding: int, offsets: Tensor | None = None) -> 
 def random_flip(images: Tensor, flipped: Tensor | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2.
 
-    The distribution is that of `torchvision.transforms.v2.RandomHorizontalFlip()` for each image.
+    The distribution is that of ``torchvision.transforms.v2.RandomHorizontalFlip()`` for each image.
 
     Args:
         images: (n, channels, height, width), any dtype.
@@ -84,7 +84,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_v
     """Map integer pixels to (pixel / max_value - mean) / std in float32, by one multiplication and one addition.
 
     Args:
-        images: (n, channels, height, width), integers from 0 to `max_value`.
+        images: (n, channels, height, width), integers from 0 to ``max_value``.
         mean: one number for each channel, in units where the brightest pixel is 1.
         std: likewise.
         max_value: the brightest pixel.
@@ -99,7 +99,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_v
 
 
 def collate(batch: Any) -> Any:
-    """`default_collate`, for data sets that may already have returned a batch (from `__getitems__`).
+    """``default_collate``, for data sets that may already have returned a batch (from ``__getitems__``).
 
     Example:
         >>> collate((torch.zeros(4, 2), torch.zeros(4)))[0].shape
@@ -111,9 +111,9 @@ def collate(batch: Any) -> Any:
 
 
 class LabelledDataset(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Samples (input, int64 label), by the sample or by the batch; `labels` has all labels at once, (n,) int64.
+    """Samples (input, int64 label), by the sample or by the batch; ``labels`` has all labels at once, (n,) int64.
 
-    Subclasses define `__getitems__`, which returns a batch for several indices: stacked inputs, and labels.
+    Subclasses define ``__getitems__``, which returns a batch for several indices: stacked inputs, and labels.
     """
 
     labels: Tensor
@@ -158,9 +158,9 @@ class ImageFiles:
         paths: the files.
         size: side in pixels.
         resize: an image of another size is resized (shorter side, antialiased) and cropped in the centre; without
-            `resize` it is an error.
+            ``resize`` it is an error.
 
-    `index_select` chooses files as `Tensor.index_select` chooses images in memory; `decode` reads them.
+    ``index_select`` chooses files as ``Tensor.index_select`` chooses images in memory; ``decode`` reads them.
 
     Example:
         >>> import tempfile
@@ -181,7 +181,7 @@ class ImageFiles:
         return len(self.paths)
 
     def index_select(self, dim: int, indices: Tensor) -> "ImageFiles":
-        """Choose some of the files; `dim` is 0."""
+        """Choose some of the files; ``dim`` is 0."""
         assert dim == 0
         return ImageFiles([self.paths[index] for index in indices.tolist()], self.size, self.resize)
 
@@ -189,7 +189,7 @@ class ImageFiles:
         """Decode all images to (n, 3, size, size) uint8; several threads share many images.
 
         Raises:
-            ValueError: if an image has another size and `resize` is off; the message names the file.
+            ValueError: if an image has another size and ``resize`` is off; the message names the file.
         """
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         chunk = 256
@@ -233,16 +233,16 @@ class ImageDataset(LabelledDataset):
     """Labelled images with augmentation and normalisation, by the sample or by the batch.
 
     Args:
-        images: (n, channels, height, width) uint8, or `ImageFiles`.
+        images: (n, channels, height, width) uint8, or ``ImageFiles``.
         labels: (n,) int64.
-        mean, std, max_value: for `normalize`.
-        padding: for `random_crop`; 0 for none.
-        flip: whether to apply `random_flip`.
+        mean, std, max_value: for ``normalize``.
+        padding: for ``random_crop``; 0 for none.
+        flip: whether to apply ``random_flip``.
         transform: in place of crop and flip, any transform of one uint8 image (channels, height, width) that keeps
             its shape and dtype.
         flatten: samples as vectors.
 
-    A sample is (float32 image (channels, height, width), int64 label); a batch, from `__getitems__`, is both stacked.
+    A sample is (float32 image (channels, height, width), int64 label); a batch, from ``__getitems__``, is both stacked.
     Draws come from torch's global generator, which a DataLoader seeds for each worker.
 
     Example:

@@ -25,12 +25,12 @@ _SPEC = ImageSpec(
 
 
 class DigitsDataModule(ImageDataModule):
-    """1,797 grey 8x8 digits, by default 1,000 to train and 797 to test, class-balanced, drawn by `seed`.
+    """1,797 grey 8x8 digits, by default 1,000 to train and 797 to test, class-balanced, drawn by ``seed``.
 
     Args:
         test_size: test samples, a number or a share.
         flatten: vectors of 64 for fully connected networks, not images (1, 8, 8).
-        kwargs: the arguments of `ImageDataModule`; `seed` also draws the split into training and test.
+        kwargs: the arguments of ``ImageDataModule``; ``seed`` also draws the split into training and test.
 
     Source of the data: the test half of UCI "Optical Recognition of Handwritten Digits", 16 grey levels.
 

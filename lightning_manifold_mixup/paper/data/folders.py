@@ -19,14 +19,14 @@ __all__ = ["ImageFolderDataModule", "TinyImageNetDataModule"]
 
 
 class _FolderDataModule(ImageDataModule):
-    """Files `<split>/<class>/**/<image>`.
+    """Files ``<split>/<class>/**/<image>``.
 
     Args:
         data_dir: the folder.
         in_memory: decode every image once, to uint8, when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
-            share them) as long as the files are the same. Only with `in_memory`.
-        kwargs: the arguments of `ImageDataModule`.
+            share them) as long as the files are the same. Only with ``in_memory``.
+        kwargs: the arguments of ``ImageDataModule``.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class _FolderDataModule(ImageDataModule):
 
     @cached_property
     def root(self) -> Path:
-        """The folder that has `train`."""
+        """The folder that has ``train``."""
         candidates = self._candidates(Path(self.data_dir).expanduser())
         for root in candidates:
             if (root / "train").is_dir():
@@ -59,7 +59,7 @@ class _FolderDataModule(ImageDataModule):
 
     @cached_property
     def folder_names(self) -> tuple[str, ...]:
-        """Names of the folders in `train`, sorted: their positions are the labels."""
+        """Names of the folders in ``train``, sorted: their positions are the labels."""
         names = tuple(sorted(entry.name for entry in (self.root / "train").iterdir() if entry.is_dir()))
         if not names:
             raise FileNotFoundError(
@@ -88,7 +88,7 @@ class _FolderDataModule(ImageDataModule):
         return [data_dir]
 
     def _folder(self, split: Split) -> Path | None:
-        """Return the folder of a split. If only one of `val` and `test` exists, it is the test set."""
+        """Return the folder of a split. If only one of ``val`` and ``test`` exists, it is the test set."""
         val, test = self.root / "val", self.root / "test"
         if split == "train":
             return self.root / "train"
@@ -104,7 +104,7 @@ class _FolderDataModule(ImageDataModule):
         return val if val.is_dir() else None
 
     def _list(self, folder: Path) -> tuple[list[str], list[int]]:
-        """Image files below `folder/<class>`, in a fixed order, and their labels."""
+        """Image files below ``folder/<class>``, in a fixed order, and their labels."""
         number = {name: label for label, name in enumerate(self.folder_names)}
         paths: list[str] = []
         labels: list[int] = []
@@ -126,20 +126,20 @@ class _FolderDataModule(ImageDataModule):
 
 
 class ImageFolderDataModule(_FolderDataModule):
-    """Any folder of images: `train/<class>/...`, `val/<class>/...`, `test/<class>/...`.
+    """Any folder of images: ``train/<class>/...``, ``val/<class>/...``, ``test/<class>/...``.
 
-    If only one of `val` and `test` exists, it is the test set. A `val` folder is also the validation set; to use it for
-    the test alone, take the validation set out of the training images by `val_size`.
+    If only one of ``val`` and ``test`` exists, it is the test set. A ``val`` folder is also the validation set; to use
+    it for the test alone, take the validation set out of the training images by ``val_size``.
 
     Args:
-        data_dir: the folder that has `train`.
+        data_dir: the folder that has ``train``.
         image_size: side in pixels: other images are resized (shorter side) and cropped in the centre. None: the size of
             the first training image, which all must have.
         mean, std: normalisation of each channel, for pixels from 0 to 1.
         in_memory: decode every image once, to uint8, when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
-            share them) as long as the files are the same. Only with `in_memory`.
-        kwargs: the arguments of `ImageDataModule`. Left alone, `padding` is an eighth of the image, `flip` is on.
+            share them) as long as the files are the same. Only with ``in_memory``.
+        kwargs: the arguments of ``ImageDataModule``. Left alone, ``padding`` is an eighth of the image, ``flip`` is on.
 
     Example:
         >>> ImageFolderDataModule("no/such/folder").setup("fit")
@@ -187,16 +187,16 @@ class TinyImageNetDataModule(_FolderDataModule):
     """Tiny-ImageNet: 200 classes of 500 training images of 64x64 pixels; random flip and crop with padding 4.
 
     Its test images have no labels, so the 10,000 validation images are the test set, as is usual. They may lie as
-    downloaded (`val/images` and `val/val_annotations.txt`) or sorted into `val/<class>`. They are also the
-    validation set, unless `val_size` takes that out of the training images.
+    downloaded (``val/images`` and ``val/val_annotations.txt``) or sorted into ``val/<class>``. They are also the
+    validation set, unless ``val_size`` takes that out of the training images.
 
     Args:
-        data_dir: the folder that has `train`, or has `tiny-imagenet-200`, or where that will be put.
+        data_dir: the folder that has ``train``, or has ``tiny-imagenet-200``, or where that will be put.
         download: download it there (237 MB) if it is missing.
         in_memory: decode every image once, to uint8 (1.3 GB), when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
-            share them) as long as the files are the same. Only with `in_memory`.
-        kwargs: the arguments of `ImageDataModule`.
+            share them) as long as the files are the same. Only with ``in_memory``.
+        kwargs: the arguments of ``ImageDataModule``.
 
     Example:
         >>> TinyImageNetDataModule("no/such/folder").setup("fit")
@@ -283,7 +283,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 def _cached(images: ImageFiles, folder: Path, split: str) -> Tensor:
-    """Read decoded images from `folder`; decode and write them first if they are missing or the files have changed."""
+    """Read decoded images from ``folder``; first decode and write them, if they are missing or files have changed."""
     digest = hashlib.sha256()
     for path in images.paths:
         stat = os.stat(path)

@@ -31,12 +31,12 @@ willow_tree wolf woman worm
 
 
 class _TorchvisionDataModule(ImageDataModule):
-    """A data set that torchvision downloads and reads whole: `dataset_name` is its class there, `constants` the rest.
+    """A data set that torchvision downloads and reads whole.
 
     Args:
         data_dir: where the data is or will be put.
-        download: download it there (in `prepare_data`, once a node) if it is missing.
-        kwargs: the arguments of `ImageDataModule`.
+        download: download it there (in ``prepare_data``, once a node) if it is missing.
+        kwargs: the arguments of ``ImageDataModule``.
     """
 
     dataset_name: ClassVar[str]
@@ -92,9 +92,9 @@ class CIFAR10DataModule(_TorchvisionDataModule):
     """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels; random flip and crop with padding 2.
 
     Args:
-        data_dir: folder with `cifar-10-batches-py`, or where it will be put.
+        data_dir: folder with ``cifar-10-batches-py``, or where it will be put.
         download: download it there if it is missing.
-        kwargs: the arguments of `ImageDataModule`. Most other work on CIFAR uses padding 4.
+        kwargs: the arguments of ``ImageDataModule``. Most other work on CIFAR uses padding 4.
 
     Example:
         >>> CIFAR10DataModule("no/such/folder").num_classes
@@ -120,9 +120,9 @@ class CIFAR100DataModule(_TorchvisionDataModule):
     """CIFAR-100: as CIFAR-10 with 100 (fine) classes.
 
     Args:
-        data_dir: folder with `cifar-100-python`, or where it will be put.
+        data_dir: folder with ``cifar-100-python``, or where it will be put.
         download: download it there if it is missing.
-        kwargs: the arguments of `ImageDataModule`.
+        kwargs: the arguments of ``ImageDataModule``.
 
     Example:
         >>> CIFAR100DataModule().class_names[:3]
@@ -144,9 +144,9 @@ class SVHNDataModule(_TorchvisionDataModule):
     """SVHN: 73,257 training and 26,032 test images of 32x32 pixels; random crop with padding 2, no flip.
 
     Args:
-        data_dir: folder with `train_32x32.mat` and `test_32x32.mat`, or where they will be put.
+        data_dir: folder with ``train_32x32.mat`` and ``test_32x32.mat``, or where they will be put.
         download: download them there if they are missing.
-        kwargs: the arguments of `ImageDataModule`.
+        kwargs: the arguments of ``ImageDataModule``.
 
     Example:
         >>> SVHNDataModule().mean

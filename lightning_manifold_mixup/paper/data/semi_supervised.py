@@ -18,24 +18,25 @@ __all__ = ["RepeatingSampler", "SemiSupervisedDataModule"]
 
 
 class SemiSupervisedDataModule(L.LightningDataModule):
-    """Training batches `{"labelled": (x, y), "unlabelled": (x, y)}` of a few labelled samples and of all samples.
+    """Training batches ``{"labelled": (x, y), "unlabelled": (x, y)}`` of a few labelled samples and of all samples.
 
     An epoch is one pass over the unlabelled samples: the training split without validation, labelled samples included.
     Each step also has a full batch of labelled samples, which are repeated, each time in a new order. The labels of the
-    unlabelled batch serve for measuring, not for training. Validation, test and prediction are those of `datamodule`.
+    unlabelled batch serve for measuring, not for training. Validation, test and prediction are those of ``datamodule``.
     Under DDP each process has its own share of both.
 
-    The labelled samples are drawn by the seed of `datamodule`, as its own `labels_per_class` would draw them, so that a
-    supervised run has the same ones. Their indices are saved in each checkpoint; resuming with others is an error.
+    The labelled samples are drawn by the seed of ``datamodule``, as its own ``labels_per_class`` would draw them, so
+    that a supervised run has the same ones. Their indices are saved in each checkpoint; resuming with others is an
+    error.
 
     Args:
-        datamodule: any of the project's data modules, without `labels_per_class`. Its `batch_size` is not used.
+        datamodule: any of the project's data modules, without ``labels_per_class``. Its ``batch_size`` is not used.
         labels_per_class: labelled samples of each class.
         labelled_batch_size: labelled samples of a step (on each device); may exceed their total number.
         unlabelled_batch_size: unlabelled samples of a step (on each device).
 
     Raises:
-        ValueError: if `datamodule` is itself limited by `labels_per_class`, or has too few samples of a class.
+        ValueError: if ``datamodule`` is itself limited by ``labels_per_class``, or has too few samples of a class.
 
     Source: Verma et al. 2019, semi-supervised experiments (ICLR 2019 version, section 5.2).
 
@@ -76,7 +77,7 @@ class SemiSupervisedDataModule(L.LightningDataModule):
         self._restored: list[int] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Look up in the wrapped data module what models and attacks need (`num_classes`, `mean`, ...)."""
+        """Look up in the wrapped data module what models and attacks need (``num_classes``, ``mean``, ...)."""
         if name in _FORWARDED and "datamodule" in self.__dict__:
             return getattr(self.datamodule, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -145,7 +146,7 @@ class SemiSupervisedDataModule(L.LightningDataModule):
 
 
 class RepeatingSampler(DistributedSampler[Any]):
-    """Repeats a data set, each pass in a new order, until `num_samples` are drawn; under DDP a share of them.
+    """Repeats a data set, each pass in a new order, until ``num_samples`` are drawn; under DDP a share of them.
 
     Lightning's own distributed sampler would repeat one order within an epoch when its loader is cycled.
 
@@ -153,7 +154,7 @@ class RepeatingSampler(DistributedSampler[Any]):
         dataset: anything with a length.
         num_samples: indices that each process draws in an epoch.
         num_replicas, rank: processes, and which one this is.
-        seed: of the orders, with the epoch; None follows `seed_everything`.
+        seed: of the orders, with the epoch; None follows ``seed_everything``.
 
     Example:
         >>> sorted(RepeatingSampler(range(3), 6, seed=0))

@@ -81,7 +81,7 @@ def _inside(y: Tensor, x: Tensor, area: Tensor, angle: Tensor, sides: int) -> Te
 
 
 class ShapesDataModule(ClassificationDataModule):
-    """Discs, squares and triangles to be told from a background, pixel by pixel; see `textured_shapes`.
+    """Discs, squares and triangles to be told from a background, pixel by pixel; see ``textured_shapes``.
 
     Batches are images (n, 3, size, size) float32 and classes (n, size, size) int64.
 
@@ -92,7 +92,7 @@ class ShapesDataModule(ClassificationDataModule):
         size: side in pixels.
         shapes: in each image.
         noise: standard deviation of the noise on each pixel.
-        kwargs: the arguments of `ClassificationDataModule`; `seed` draws the images.
+        kwargs: the arguments of ``ClassificationDataModule``; ``seed`` draws the images.
 
     Example:
         >>> data = ShapesDataModule(num_images=20, test_images=5, batch_size=10)

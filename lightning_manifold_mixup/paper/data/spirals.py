@@ -53,8 +53,8 @@ class SpiralsDataModule(ClassificationDataModule):
         num_arms: spiral arms, one class each.
         turns: how often an arm winds around the origin.
         noise: standard deviation of the noise on both coordinates; the outer radius is 1.
-        val_size: validation points taken out of the training points: a number, a share, or `"test"`.
-        kwargs: the arguments of `ClassificationDataModule`.
+        val_size: validation points taken out of the training points: a number, a share, or ``"test"``.
+        kwargs: the arguments of ``ClassificationDataModule``.
 
     Source: Verma et al. 2019, Figure 1, which does not state these numbers.
 

@@ -19,7 +19,7 @@ def split_by_class(labels: Tensor, size: int | float, generator: torch.Generator
         Indices (sorted, int64) of the first and of the second part.
 
     Raises:
-        ValueError: if `size` is negative or leaves nothing for the first part.
+        ValueError: if ``size`` is negative or leaves nothing for the first part.
 
     Example:
         >>> first, second = split_by_class(torch.arange(20) % 2, 0.5, torch.Generator().manual_seed(0))
@@ -56,10 +56,10 @@ def draw_per_class(labels: Tensor, number: int, generator: torch.Generator) -> T
         generator: where the draws come from.
 
     Returns:
-        Indices (sorted, int64), `number` for each class that occurs in `labels`.
+        Indices (sorted, int64), ``number`` for each class that occurs in ``labels``.
 
     Raises:
-        ValueError: if `number` is not positive or a class has fewer samples; the message names the class.
+        ValueError: if ``number`` is not positive or a class has fewer samples; the message names the class.
 
     Example:
         >>> labels = torch.arange(20) % 2

@@ -19,14 +19,14 @@ class RegressionDataModule(L.LightningDataModule, ABC):
     """Batches of inputs (n, in_features) and targets (n,), both float32 and standardised.
 
     All splits are shifted and scaled by mean and standard deviation of the training samples: a root mean squared error
-    of 1 is about that of predicting the mean, whatever the unit of the targets. Subclasses give `load`.
+    of 1 is about that of predicting the mean, whatever the unit of the targets. Subclasses give ``load``.
 
     Args:
         batch_size: samples of a training batch; an incomplete last batch is kept.
         eval_batch_size: of a validation, test or prediction batch.
-        test_size: test samples: a number, or a share below 1, drawn by `seed`.
+        test_size: test samples: a number, or a share below 1, drawn by ``seed``.
         val_size: validation samples taken out of what is left, likewise; 0 for none.
-        seed: of the splits. The order of batches follows `seed_everything` instead.
+        seed: of the splits. The order of batches follows ``seed_everything`` instead.
 
     Attributes:
         in_features: numbers in a sample; what a fully connected network needs to know.
@@ -111,7 +111,7 @@ class DiabetesDataModule(RegressionDataModule):
     """442 patients, ten measurements, the progression of their diabetes after a year; scikit-learn ships it.
 
     Args:
-        kwargs: the arguments of `RegressionDataModule`.
+        kwargs: the arguments of ``RegressionDataModule``.
 
     Source: Efron et al., "Least Angle Regression", 2004.
 
@@ -141,7 +141,7 @@ class FriedmanDataModule(RegressionDataModule):
     Args:
         num_samples: of all splits together.
         noise: standard deviation of the noise.
-        kwargs: the arguments of `RegressionDataModule`; `seed` draws the samples too.
+        kwargs: the arguments of ``RegressionDataModule``; ``seed`` draws the samples too.
 
     Source: Friedman, "Multivariate Adaptive Regression Splines", 1991, as scikit-learn has it.
 

@@ -91,7 +91,7 @@ def _from_lines(lines: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 class Vocabulary:
-    """The words of some texts, numbered: lower case, separated by white space or by scikit-learn's `token_pattern`.
+    """The words of some texts, numbered: lower case, separated by white space or by scikit-learn's ``token_pattern``.
 
     Id 0 is padding, 1 a word that is not in the vocabulary, the others follow in alphabetical order.
 
@@ -149,18 +149,18 @@ class TextDataModule(ClassificationDataModule):
     r"""Labelled sentences from files of your own: batches of token ids (n, longest of the batch) and labels (n,).
 
     Token ids cannot be mixed, so the layers of Manifold Mixup begin with the embedding. There is no separate mask: the
-    networks `TextConvNet` and `TextLSTM` see from the embedding, whose padding is zero, where a sentence ends.
+    networks ``TextConvNet`` and ``TextLSTM`` see from the embedding, whose padding is zero, where a sentence ends.
 
     Args:
-        train_file: a ``.csv`` or ``.tsv`` file with a header, or lines ``label text``; see `read_labelled_text`.
-        test_file: likewise; None takes `test_size` samples of the training file.
-        test_size: test samples, a number or a share, class-balanced, drawn by `seed`; only without a `test_file`.
+        train_file: a ``.csv`` or ``.tsv`` file with a header, or lines ``label text``; see ``read_labelled_text``.
+        test_file: likewise; None takes ``test_size`` samples of the training file.
+        test_size: test samples, a number or a share, class-balanced, drawn by ``seed``; only without a ``test_file``.
         val_size: validation samples taken out of what is left, likewise; 0 for none.
         train_size: train on that many of what is then left, a number or a share, likewise; None for all.
         min_count: a word in fewer training texts than this is unknown.
         max_length: words of a text beyond this are cut off.
-        text_column, label_column, encoding: see `read_labelled_text`.
-        kwargs: the arguments of `ClassificationDataModule`.
+        text_column, label_column, encoding: see ``read_labelled_text``.
+        kwargs: the arguments of ``ClassificationDataModule``.
 
     Attributes:
         num_classes, vocabulary_size, class_names: what a model needs to know.

@@ -102,7 +102,7 @@ def draw(rows: list[Row], curves: dict[str, Any]) -> Figure:
     """Draw the spectra at each layer, means over classes and seeds, and below them the sum of all but the largest.
 
     Args:
-        rows: as `make` gives them.
+        rows: as ``make`` gives them.
         curves: for each method and layer a spectrum per seed.
     """
     figure: Figure = require("matplotlib.figure", "cli").Figure(figsize=(11, 6.2), layout="constrained")

@@ -56,7 +56,7 @@ TITLES = {"input": "input mixup", "manifold": "Manifold Mixup"}
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a figure's `make`.
+    """The result of a figure's ``make``.
 
     Attributes:
         rows: all numbers, for the CSV.
@@ -77,9 +77,9 @@ class Method:
 
     Attributes:
         alpha: of the mixing; 0 for none.
-        layer: where to mix, as `ManifoldMixupCallback` names it.
+        layer: where to mix, as ``ManifoldMixupCallback`` names it.
         weight_decay: coefficient of half the squared weights, added to the loss.
-        network: more arguments of `BottleneckMLP` (dropout, noise, batch norm).
+        network: more arguments of ``BottleneckMLP`` (dropout, noise, batch norm).
     """
 
     alpha: float = 0.0
@@ -95,7 +95,7 @@ class Problem:
     Attributes:
         train_set: inputs (n, features) and labels (n,).
         test_set: likewise.
-        network: arguments of `BottleneckMLP`.
+        network: arguments of ``BottleneckMLP``.
         learning_rate: of Adam.
         batch_size: of training.
     """
@@ -171,7 +171,7 @@ def train(problem: Problem, method: Method, epochs: int, seed: int) -> Bottlenec
 def train_all(
     problem: Problem, methods: Mapping[str, Method], epochs: int, seeds: int
 ) -> dict[str, list[BottleneckMLP]]:
-    """Train with each method and the seeds 0 to `seeds` - 1, and return the networks by method, then by seed."""
+    """Train with each method and the seeds 0 to ``seeds`` - 1, and return the networks by method, then by seed."""
     jobs = [(name, seed) for name in methods for seed in range(seeds)]
     networks: dict[str, list[BottleneckMLP]] = {name: [] for name in methods}
     for name, seed in require("rich.progress", "cli").track(jobs, description=f"training {len(jobs)} networks"):
@@ -217,7 +217,7 @@ def layers_after(network: BottleneckMLP, name: str = "bottleneck") -> nn.Sequent
 
 @torch.no_grad()
 def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Compute the singular values of each class's hidden states, not centred: see `ClassSpectrum`.
+    """Compute the singular values of each class's hidden states, not centred: see ``ClassSpectrum``.
 
     With these data and networks they have the size that others report. If the class means were subtracted, the largest
     value would be a fifth of that.
@@ -228,7 +228,7 @@ def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> di
         layers: names of the network's layers.
 
     Returns:
-        For each layer the result of `ClassSpectrum.compute`.
+        For each layer the result of ``ClassSpectrum.compute``.
     """
     inputs, labels = labelled
     logits, states = hidden_states(network, inputs, layers)
@@ -253,7 +253,7 @@ def probabilities_on_grid(
         size: points along a side.
 
     Returns:
-        (size, size, classes); the first index follows the second coordinate, as `imshow(origin="lower")` expects.
+        (size, size, classes); the first index follows the second coordinate, as ``imshow(origin="lower")`` expects.
 
     Example:
         >>> probabilities_on_grid(lambda points: points, torch.zeros(2), radius=1.0, size=2).argmax(2)
@@ -278,7 +278,7 @@ def square_around(states: Tensor, margin: float = 0.25) -> tuple[Tensor, float]:
 
 
 def plot_grid(ax: Axes, values: Tensor, centre: Tensor, radius: float, **options: Any) -> AxesImage:
-    """Draw values (size, size) over a square of the plane, without ticks; `options` are those of `imshow`."""
+    """Draw values (size, size) over a square of the plane, without ticks; ``options`` are those of ``imshow``."""
     (x, y), r = centre.tolist(), radius
     image: AxesImage = ax.imshow(values.numpy(), origin="lower", extent=(x - r, x + r, y - r, y + r), **options)
     ax.set(xticks=[], yticks=[], xlim=(x - r, x + r), ylim=(y - r, y + r))
@@ -286,7 +286,7 @@ def plot_grid(ax: Axes, values: Tensor, centre: Tensor, radius: float, **options
 
 
 def means_and_stds(results: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Average the numbers of several seeds; `NAME_std` is the standard deviation of `NAME`.
+    """Average the numbers of several seeds; ``NAME_std`` is the standard deviation of ``NAME``.
 
     Example:
         >>> means_and_stds([{"nll": 1.0}, {"nll": 3.0}])

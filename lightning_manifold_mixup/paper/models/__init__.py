@@ -1,6 +1,6 @@
 """The networks of the papers.
 
-Any other network goes into a recipe by its own path: `torchvision.models.get_model`, `timm.create_model`, a class.
+Any other network goes into a recipe by its own path: ``torchvision.models.get_model``, ``timm.create_model``, a class.
 """
 
 from lightning_manifold_mixup.paper.models.conv_net import ConvNet

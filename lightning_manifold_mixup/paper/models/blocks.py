@@ -1,4 +1,4 @@
-"""The residual block that `PreActResNet` and `WideResNet` are made of, and a stage of such blocks."""
+"""The residual block that ``PreActResNet`` and ``WideResNet`` are made of, and a stage of such blocks."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

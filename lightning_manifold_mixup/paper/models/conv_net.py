@@ -1,6 +1,6 @@
 """A small convolutional network without skip connections, for training on two CPU cores.
 
-`"input"`, `layer1` and `layer2` are S = {0, 1, 2}.
+``"input"``, ``layer1`` and ``layer2`` are S = {0, 1, 2}.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ __all__ = ["ConvNet"]
 
 
 class ConvNet(nn.Module):
-    """Plain convolutional network: `layer1` to `layerN`, `hidden`, `linear`.
+    """Plain convolutional network: ``layer1`` to ``layerN``, ``hidden``, ``linear``.
 
     A layer is a 3x3 convolution, batch norm, ReLU and, except in the first layer, 2x2 max pooling, as one module: its
-    output is the hidden state. `hidden` averages these over a 2x2 grid and is fully connected.
+    output is the hidden state. ``hidden`` averages these over a 2x2 grid and is fully connected.
 
     Args:
         num_classes: number of logits.
@@ -23,7 +23,7 @@ class ConvNet(nn.Module):
         hidden: width of the fully connected hidden layer.
 
     Shape:
-        input (n, in_channels, height, width), at least `2 ** (len(widths) - 1)` pixels a side.
+        input (n, in_channels, height, width), at least ``2 ** (len(widths) - 1)`` pixels a side.
         Output (n, num_classes).
 
     Example:

@@ -1,6 +1,6 @@
 """Fully connected networks, plain and with a bottleneck: the paper's Figures 1 and 2 and its singular values.
 
-Layers have names that are easy to give to a callback: `layer1`, `layer2`, ... , `bottleneck`, `linear`.
+Layers have names that are easy to give to a callback: ``layer1``, ``layer2``, ... , ``bottleneck``, ``linear``.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ __all__ = ["MLP", "BottleneckMLP", "GaussianNoise"]
 
 
 class MLP(nn.Module):
-    """Fully connected network: hidden layers `layer1` to `layerN`, then `linear`.
+    """Fully connected network: hidden layers ``layer1`` to ``layerN``, then ``linear``.
 
     A hidden layer is Linear, batch norm (if wanted), activation, dropout, noise, as one module: its output is the
     hidden state. Inputs of more than two dimensions (images) are flattened.
@@ -21,13 +21,13 @@ class MLP(nn.Module):
         in_features: numbers per sample: 64 for the 8x8 digits, 2 for the spirals.
         num_classes: number of logits.
         widths: width of each hidden layer.
-        activation: `"leaky_relu"` (the paper's), `"relu"`, `"tanh"`, `"gelu"` or `"silu"`.
+        activation: ``"leaky_relu"`` (the paper's), ``"relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
         dropout: probability of dropping a hidden value.
         batch_norm: normalise each hidden layer before its activation.
         noise: standard deviation of Gaussian noise added to each hidden state in training.
 
     Shape:
-        input (n, ...) of `in_features` numbers a sample, output (n, num_classes).
+        input (n, ...) of ``in_features`` numbers a sample, output (n, num_classes).
 
     Raises:
         ValueError: for an unknown activation.
@@ -64,10 +64,10 @@ class MLP(nn.Module):
 
 
 class BottleneckMLP(nn.Module):
-    """Fully connected network with a narrow linear layer, `bottleneck`: the layer to mix at and to look at.
+    """Fully connected network with a narrow linear layer, ``bottleneck``: the layer to mix at and to look at.
 
-    Hidden layers are numbered through: with three before and four after they are `layer1` to `layer3`,
-    `bottleneck`, `layer4` to `layer7`, `linear`. The defaults are the network on 2-D spirals of Figure 1: nine
+    Hidden layers are numbered through: with three before and four after they are ``layer1`` to ``layer3``,
+    ``bottleneck``, ``layer4`` to ``layer7``, ``linear``. The defaults are the network on 2-D spirals of Figure 1: nine
     layers, two dimensions in the fifth.
 
     Args:
@@ -76,11 +76,11 @@ class BottleneckMLP(nn.Module):
         before: widths of the hidden layers before the bottleneck.
         bottleneck: dimensions of the bottleneck, which has no activation, dropout or noise.
         after: widths of the hidden layers after it.
-        activation, dropout, batch_norm, noise: of the hidden layers, as for `MLP`.
+        activation, dropout, batch_norm, noise: of the hidden layers, as for ``MLP``.
         bottleneck_norm: batch-normalise the bottleneck, as the public script for Figure 2 does.
 
     Shape:
-        input (n, ...) of `in_features` numbers a sample, output (n, num_classes).
+        input (n, ...) of ``in_features`` numbers a sample, output (n, num_classes).
 
     Raises:
         ValueError: for an unknown activation.
@@ -135,7 +135,7 @@ class BottleneckMLP(nn.Module):
 
 
 class GaussianNoise(nn.Module):
-    """Adds noise of standard deviation `std` in training, nothing in evaluation: one of the regularisers of Figure 1.
+    """Adds noise of standard deviation ``std`` in training, nothing in evaluation: one of the regularisers of Figure 1.
 
     Example:
         >>> import torch
@@ -148,11 +148,11 @@ class GaussianNoise(nn.Module):
         self.std = std
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x`, with noise of its own shape and dtype while training."""
+        """``x``, with noise of its own shape and dtype while training."""
         return x + self.std * torch.randn_like(x) if self.training else x
 
     def extra_repr(self) -> str:
-        """`std`, for print(model)."""
+        """``std``, for print(model)."""
         return f"std={self.std}"
 
 

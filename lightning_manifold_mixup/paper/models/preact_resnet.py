@@ -1,6 +1,6 @@
 """PreActResNet: the residual network of the Manifold Mixup papers, for small images.
 
-The states that the paper mixes are whole attributes: `"input"`, `layer1`, `layer2` are its S = {0, 1, 2}.
+The states that the paper mixes are whole attributes: ``"input"``, ``layer1``, ``layer2`` are its S = {0, 1, 2}.
 """
 
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ __all__ = ["PreActResNet", "preact_resnet18", "preact_resnet34"]
 class PreActResNet(nn.Module):
     """Residual network with pre-activation blocks, as trained in the papers on CIFAR, SVHN and Tiny-ImageNet.
 
-    A 3x3 stem `conv1`, four stages `layer1` to `layer4` of 1, 2, 4, 8 times `initial_channels` (each after the
-    first halves the resolution), the mean over positions, and `linear`. As in the papers' public code there is no
+    A 3x3 stem ``conv1``, four stages ``layer1`` to ``layer4`` of 1, 2, 4, 8 times ``initial_channels`` (each after the
+    first halves the resolution), the mean over positions, and ``linear``. As in the papers' public code there is no
     normalisation after the last stage. Any image size works, also 8x8.
 
     Args:
@@ -68,14 +68,14 @@ class PreActResNet(nn.Module):
 def preact_resnet18(
     num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
 ) -> PreActResNet:
-    """`PreActResNet` of depth 18: 11.17 million parameters."""
+    """``PreActResNet`` of depth 18: 11.17 million parameters."""
     return PreActResNet(18, num_classes, initial_channels, in_channels, stride)
 
 
 def preact_resnet34(
     num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
 ) -> PreActResNet:
-    """`PreActResNet` of depth 34: 21.28 million parameters."""
+    """``PreActResNet`` of depth 34: 21.28 million parameters."""
     return PreActResNet(34, num_classes, initial_channels, in_channels, stride)
 
 

@@ -1,6 +1,6 @@
 """WideResNet-d-k, as in the paper's supervised tables (28-10) and its semi-supervised ones (28-2).
 
-`"input"` and `layer1` are the paper's S = {0, 1} for this family.
+``"input"`` and ``layer1`` are the paper's S = {0, 1} for this family.
 """
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ __all__ = ["WideResNet"]
 class WideResNet(nn.Module):
     """Wide residual network: a 3x3 stem of 16 channels and three stages of 16k, 32k, 64k channels.
 
-    `conv1`, `layer1`, `layer2`, `layer3`, a last norm `bn` and ReLU, the mean over positions, `linear`.
+    ``conv1``, ``layer1``, ``layer2``, ``layer3``, a last norm ``bn`` and ReLU, the mean over positions, ``linear``.
 
     Args:
         depth: d = 6 b + 4 for b blocks a stage: 10, 16, 22, 28, 34, 40, ...

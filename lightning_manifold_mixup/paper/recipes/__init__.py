@@ -1,9 +1,10 @@
-"""Recipes by name: YAML files for `--config`, in layers, so that each value stands in one place with its reason.
+"""Recipes by name: YAML files for ``--config``, in layers, so that each value stands in one place with its reason.
 
 A name is split at its hyphens, and every file whose own parts are all among the parts of the name is one of its layers:
-the fewer parts, the earlier, and a later layer overrides an earlier one. `cifar10_small-5000` is `cifar10_small.yaml`,
-then `cifar10_small-5000.yaml`. The rows of the paper's tables are made of the files in `paper/` in the same way:
-`cifar10-wrn28_10-manifold` is `common`, `cifar10`, `wrn28_10`, `manifold`, then `wrn28_10-manifold`.
+the fewer parts, the earlier, and a later layer overrides an earlier one. ``cifar10_small-5000`` is
+``cifar10_small.yaml``, then ``cifar10_small-5000.yaml``. The rows of the paper's tables are made of the files in
+``paper/`` in the same way: ``cifar10-wrn28_10-manifold`` is ``common``, ``cifar10``, ``wrn28_10``, ``manifold``, then
+``wrn28_10-manifold``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 DEFAULT = "digits"
-"""What the commands use without `--config`."""
+"""What the commands use without ``--config``."""
 
 METHODS = ("none", "input", "manifold")
 """No mixup, input mixup, Manifold Mixup."""
@@ -46,7 +47,7 @@ _FOLDER = Path(__file__).parent
 
 
 def row_names() -> list[str]:
-    """The rows of the paper's tables, as `<data>-<network>-<method>`.
+    """The rows of the paper's tables, as ``<data>-<network>-<method>``.
 
     Example:
         >>> len(row_names()), row_names()[0], row_names()[-1]
@@ -57,7 +58,7 @@ def row_names() -> list[str]:
 
 
 def is_row(name: str) -> bool:
-    """Whether a name is that of a row of the paper's tables, as the text has it or as the public code has it (`-code`).
+    """Whether a name is that of a row of the paper's tables, as in the text or as in the public code (``-code``).
 
     Example:
         >>> is_row("svhn-wrn28_10-manifold-code"), is_row("digits")
@@ -86,10 +87,10 @@ def layers_of(name: str) -> list[Path]:
     """Find the files of a recipe.
 
     Args:
-        name: a recipe's name; a file; or several of those joined by `+`, the later overriding the earlier.
+        name: a recipe's name; a file; or several of those joined by ``+``, the later overriding the earlier.
 
     Returns:
-        The files, in the order in which `--config` takes them.
+        The files, in the order in which ``--config`` takes them.
 
     Raises:
         FileNotFoundError: if a part of the name is in no file of the recipes; the message has near misses.
