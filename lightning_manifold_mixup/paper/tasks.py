@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from typing_extensions import override
 
@@ -22,21 +23,37 @@ def _adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-class _Task(pl.LightningModule):
-    """A network, its optimizer and its schedule."""
+class _Task(pl.LightningModule, ABC):
+    """A network that is trained by a loss and judged by a metric.
+
+    Args:
+        model: the network.
+        metric: is given predictions and targets in validation and in testing.
+        optimizer: makes the optimizer from the parameters; Adam with learning rate 1e-3 by default.
+        lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
+        lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
+    """
+
+    metric_name: ClassVar[str]
 
     def __init__(
         self,
         model: nn.Module,
+        metric: Metric,
         optimizer: OptimizerCallable = _adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
         self.model = model
+        self.metrics = nn.ModuleDict({stage: metric.clone() for stage in ("val", "test")})
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+
+    @abstractmethod
+    def loss(self, predictions: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss."""
 
     @override
     def configure_optimizers(self) -> Any:
@@ -46,15 +63,38 @@ class _Task(pl.LightningModule):
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = self.loss(self(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self._evaluate("val", batch))
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Log the metric, and return the loss."""
+        x, y = batch
+        predictions = self(x)
+        self.metrics[stage](predictions, y)
+        self.log(f"{stage}/{self.metric_name}", self.metrics[stage])  # type: ignore[arg-type]
+        return self.loss(predictions, y)
+
 
 class RegressionModule(_Task):
     """Trains a network to predict a number by the squared error; logs the root mean squared error, ``test/rmse``.
 
     Args:
         model: maps inputs to (n, 1).
-        optimizer: makes the optimizer from the parameters; Adam with learning rate 1e-3 by default.
-        lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
-        lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
+        kwargs: ``optimizer``, which makes the optimizer from the parameters (Adam with learning rate 1e-3 by default);
+            ``lr_scheduler``, which makes the learning rate scheduler from the optimizer (none by default);
+            ``lr_interval``, whether the scheduler is stepped each ``"epoch"`` (the default) or each ``"step"``.
 
     Example:
         >>> module = RegressionModule(nn.Linear(4, 1))
@@ -62,15 +102,10 @@ class RegressionModule(_Task):
         torch.Size([2])
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: OptimizerCallable = _adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-    ) -> None:
-        super().__init__(model, optimizer, lr_scheduler, lr_interval)
-        self.val_rmse, self.test_rmse = MeanSquaredError(squared=False), MeanSquaredError(squared=False)
+    metric_name = "rmse"
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(model, MeanSquaredError(squared=False), **kwargs)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -78,25 +113,8 @@ class RegressionModule(_Task):
         return self.model(x).squeeze(1)  # type: ignore[no-any-return]
 
     @override
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        loss = F.mse_loss(self(x), y)
-        self.log("train/loss", loss)
-        return loss
-
-    @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        predictions = self(x)
-        self.val_rmse(predictions, y)
-        self.log("val/rmse", self.val_rmse)
-        self.log("val/loss", F.mse_loss(predictions, y))
-
-    @override
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        self.test_rmse(self(x), y)
-        self.log("test/rmse", self.test_rmse)
+    def loss(self, predictions: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(predictions, y)
 
 
 class SegmentationModule(_Task):
@@ -105,9 +123,7 @@ class SegmentationModule(_Task):
     Args:
         model: maps images to logits (n, num_classes, height, width).
         num_classes: number of classes, the background among them.
-        optimizer: makes the optimizer from the parameters; Adam with learning rate 1e-3 by default.
-        lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
-        lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
+        kwargs: ``optimizer``, ``lr_scheduler`` and ``lr_interval``, as for ``RegressionModule``.
 
     Example:
         >>> module = SegmentationModule(nn.Conv2d(3, 4, 1), num_classes=4)
@@ -115,16 +131,10 @@ class SegmentationModule(_Task):
         torch.Size([2, 4, 8, 8])
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        num_classes: int,
-        optimizer: OptimizerCallable = _adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-    ) -> None:
-        super().__init__(model, optimizer, lr_scheduler, lr_interval)
-        self.val_iou, self.test_iou = MulticlassJaccardIndex(num_classes), MulticlassJaccardIndex(num_classes)
+    metric_name = "iou"
+
+    def __init__(self, model: nn.Module, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(model, MulticlassJaccardIndex(num_classes), **kwargs)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -132,24 +142,9 @@ class SegmentationModule(_Task):
         return self.model(x)  # type: ignore[no-any-return]
 
     @override
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        loss = F.cross_entropy(self(x), y)
-        self.log("train/loss", loss)
-        return loss
-
-    @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        logits = self(x)
-        self.val_iou(logits, y)
-        self.log("val/iou", self.val_iou)
-        self.log("val/loss", F.cross_entropy(logits, y))
+    def loss(self, predictions: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(predictions, y)
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        logits = self(x)
-        self.test_iou(logits, y)
-        self.log("test/iou", self.test_iou)
-        self.log("test/nll", F.cross_entropy(logits, y))
+        self.log("test/nll", self._evaluate("test", batch))
