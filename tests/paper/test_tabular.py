@@ -19,11 +19,11 @@ def test_diabetes_is_split_and_scaled_by_the_training_samples() -> None:
     data = DiabetesDataModule(test_size=0.25, val_size=50, seed=3)
     inputs, targets = load_diabetes(return_X_y=True)
     order = torch.randperm(442, generator=torch.Generator().manual_seed(3)).numpy()
-    parts = {"test": order[:110], "val": order[110:160], "train": order[160:]}
+    parts = {"train": order[160:], "val": order[110:160], "test": order[:110]}
     mean, std = targets[parts["train"]].mean(), targets[parts["train"]].std(ddof=1)
     assert data.target_std == pytest.approx(std)
-    for name, part in parts.items():
-        x, y = data.splits[name].tensors
+    for samples, part in zip((data.train_set, data.val_set, data.test_set), parts.values(), strict=True):
+        x, y = samples.inputs, samples.labels
         assert x.dtype == y.dtype == torch.float32
         np.testing.assert_allclose(y, (targets[part] - mean) / std, rtol=1e-5, atol=1e-6)
         scaled = (inputs[part] - inputs[parts["train"]].mean(0)) / inputs[parts["train"]].std(0, ddof=1)
@@ -33,17 +33,17 @@ def test_diabetes_is_split_and_scaled_by_the_training_samples() -> None:
 def test_friedman_is_scikit_learns() -> None:
     data = FriedmanDataModule(num_samples=300, test_size=100, noise=0.5, seed=4)
     _, targets = make_friedman1(300, noise=0.5, random_state=4)
-    values = torch.cat([part.tensors[1] for part in data.splits.values()])
+    assert (len(data.train_set), data.val_set, len(data.test_set)) == (200, None, 100)
+    values = torch.cat([data.train_set.labels, data.test_set.labels])
     # the same numbers, in another order, scaled
     back = np.sort(values.double().numpy()) * data.target_std
     np.testing.assert_allclose(back - back.mean(), np.sort(targets) - targets.mean(), atol=1e-4)
-    assert {name: len(part) for name, part in data.splits.items()} == {"train": 200, "val": 0, "test": 100}
 
 
 @pytest.mark.parametrize("size", [442, 500, -1])
 def test_sizes_that_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=r"expected test_size to be .* below 442 or a share below 1, got"):
-        _ = DiabetesDataModule(test_size=size).splits
+        _ = DiabetesDataModule(test_size=size).train_set
 
 
 def test_rmse_is_that_of_all_test_samples() -> None:
@@ -51,12 +51,12 @@ def test_rmse_is_that_of_all_test_samples() -> None:
     module = RegressionModule(MLP(10, 1, widths=[16]))
     trainer = make_trainer(max_epochs=1)
     trainer.test(module, datamodule=data, verbose=False)
-    x, y = data.splits["test"].tensors
+    x, y = data.test_set.inputs, data.test_set.labels
     with torch.no_grad():
         expected = F.mse_loss(module(x), y).sqrt().item()
     assert trainer.callback_metrics["test/rmse"].item() == pytest.approx(expected, rel=1e-6)
     trainer.validate(module, datamodule=data, verbose=False)
-    x, y = data.splits["val"].tensors
+    x, y = data.val_set.inputs, data.val_set.labels
     with torch.no_grad():
         expected = F.mse_loss(module(x), y).item()
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(expected, rel=1e-6)

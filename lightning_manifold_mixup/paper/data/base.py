@@ -14,20 +14,16 @@ from typing_extensions import override
 from lightning_manifold_mixup.paper.data.batches import ImageDataset, ImageFiles, LabelledDataset, collate
 from lightning_manifold_mixup.paper.data.splits import draw_per_class, split_by_class
 
-__all__ = [
-    "ClassificationDataModule",
-    "ImageDataModule",
-    "ImageSpec",
-]
+__all__ = ["ClassificationDataModule", "ImageDataModule", "ImageSpec", "Split", "SplitDataModule", "check_val_size"]
 
 Split = Literal["train", "val", "test"]
 
 
-class ClassificationDataModule(L.LightningDataModule, ABC):
-    """Loaders of (input, label) batches over three labelled sets, loaded when first asked for.
+class SplitDataModule(L.LightningDataModule, ABC):
+    """Loaders of (input, label) batches over a training, a validation and a test set, made when first asked for.
 
     Training is shuffled, evaluation is not. An incomplete last batch is kept. Under DDP, Lightning adds its distributed
-    sampler. Subclasses give the sets (``make_dataset``) and ``class_names``.
+    sampler. Subclasses make the sets (``make_dataset``).
 
     Args:
         batch_size: samples of a training batch (on each device).
@@ -57,19 +53,9 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         self.seed = seed
         self._datasets: dict[Split, LabelledDataset | None] = {}
 
-    @property
-    @abstractmethod
-    def class_names(self) -> tuple[str, ...]:
-        """Name of each class, by label."""
-
     @abstractmethod
     def make_dataset(self, split: Split) -> LabelledDataset | None:
         """Load one of the sets; None if there is no such set."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
 
     @property
     def train_set(self) -> LabelledDataset:
@@ -91,7 +77,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         if stage == "fit":
             self._dataset("train")
         if stage in ("fit", "validate") and self.val_set is None:
-            # Lightning warns about an empty list. It does not call a hook that is not overridden: hence the base's own.
+            # Lightning warns if this hook returns an empty list, but not if the hook is not overridden.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         if stage in ("test", "predict"):
             self._dataset("test")
@@ -141,6 +127,38 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         if dataset is None:
             raise ValueError(f"{type(self).__name__}: there is no {split} set.")
         return dataset
+
+
+class ClassificationDataModule(SplitDataModule):
+    """A ``SplitDataModule`` whose labels are classes. Subclasses also name these (``class_names``).
+
+    Args:
+        kwargs: the arguments of ``SplitDataModule``.
+    """
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class, by label."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def check_val_size(owner: str, val_size: int | float | str) -> None:
+    """Refuse a ``val_size`` that is neither a number nor ``"test"``.
+
+    Args:
+        owner: the data module, for the message.
+        val_size: samples, a share of them, or ``"test"``: validate on the test set.
+
+    Raises:
+        ValueError: for another string.
+    """
+    if isinstance(val_size, str) and val_size != "test":
+        raise ValueError(f'{owner}: expected val_size to be a number or "test", got {val_size!r}.')
 
 
 @dataclass(frozen=True)
@@ -205,8 +223,7 @@ class ImageDataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, pin_memory, seed)
-        if isinstance(val_size, str) and val_size != "test":
-            raise ValueError(f'{type(self).__name__}: expected val_size to be a number or "test", got {val_size!r}.')
+        check_val_size(type(self).__name__, val_size)
         if padding is not None and padding < 0:
             raise ValueError(f"{type(self).__name__}: expected padding of at least 0, got {padding}.")
         if train_transform is not None and (padding or flip):

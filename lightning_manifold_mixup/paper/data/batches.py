@@ -111,9 +111,10 @@ def collate(batch: Any) -> Any:
 
 
 class LabelledDataset(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Samples (input, int64 label), by the sample or by the batch; ``labels`` has all labels at once, (n,) int64.
+    """Samples (input, label), by the sample or by the batch; ``labels`` has all labels at once.
 
-    Subclasses define ``__getitems__``, which returns a batch for several indices: stacked inputs, and labels.
+    A label is a class (int64); for segmentation, a class for each pixel; for regression, a number. Subclasses define
+    ``__getitems__``, which returns a batch for several indices: stacked inputs, and labels.
     """
 
     labels: Tensor
@@ -134,7 +135,7 @@ class VectorDataset(LabelledDataset):
 
     Args:
         inputs: (n, ...).
-        labels: (n,) int64.
+        labels: (n, ...).
 
     Example:
         >>> VectorDataset(torch.eye(3), torch.arange(3)).__getitems__([2, 0])
@@ -240,7 +241,7 @@ class ImageDataset(LabelledDataset):
         flip: whether to apply ``random_flip``.
         transform: in place of crop and flip, any transform of one uint8 image (channels, height, width) that keeps
             its shape and dtype.
-        flatten: samples as vectors.
+        flatten: give images as vectors.
 
     A sample is (float32 image (channels, height, width), int64 label); a batch, from ``__getitems__``, is both stacked.
     Draws come from torch's global generator, which a DataLoader seeds for each worker.

@@ -29,7 +29,7 @@ class DigitsDataModule(ImageDataModule):
 
     Args:
         test_size: test samples, a number or a share.
-        flatten: vectors of 64 for fully connected networks, not images (1, 8, 8).
+        flatten: give vectors of 64, for fully connected networks, instead of images (1, 8, 8).
         kwargs: the arguments of ``ImageDataModule``; ``seed`` also draws the split into training and test.
 
     Source of the data: the test half of UCI "Optical Recognition of Handwritten Digits", 16 grey levels.
@@ -41,12 +41,7 @@ class DigitsDataModule(ImageDataModule):
         (torch.Size([50, 64]), torch.Size([50]), 1000, 797)
     """
 
-    def __init__(
-        self,
-        test_size: int | float = 797,
-        flatten: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, test_size: int | float = 797, flatten: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.test_size = test_size
         self.flatten = flatten

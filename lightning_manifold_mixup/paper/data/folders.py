@@ -29,16 +29,8 @@ class _FolderDataModule(ImageDataModule):
         kwargs: the arguments of ``ImageDataModule``.
     """
 
-    def __init__(
-        self,
-        data_dir: str,
-        in_memory: bool = False,
-        cache_dir: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            **kwargs,
-        )
+    def __init__(self, data_dir: str, in_memory: bool = False, cache_dir: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if cache_dir is not None and not in_memory:
             raise ValueError(f"{type(self).__name__}: expected in_memory=True with cache_dir, got in_memory=False.")
         self.data_dir = data_dir
@@ -139,7 +131,7 @@ class ImageFolderDataModule(_FolderDataModule):
         in_memory: decode every image once, to uint8, when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
             share them) as long as the files are the same. Only with ``in_memory``.
-        kwargs: the arguments of ``ImageDataModule``. Left alone, ``padding`` is an eighth of the image, ``flip`` is on.
+        kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the image and ``flip`` is on.
 
     Example:
         >>> ImageFolderDataModule("no/such/folder").setup("fit")
@@ -158,12 +150,7 @@ class ImageFolderDataModule(_FolderDataModule):
         cache_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            data_dir,
-            in_memory,
-            cache_dir,
-            **kwargs,
-        )
+        super().__init__(data_dir, in_memory, cache_dir, **kwargs)
         self._image_size = image_size
         self._mean = mean
         self._std = std
@@ -220,12 +207,7 @@ class TinyImageNetDataModule(_FolderDataModule):
         cache_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            data_dir,
-            in_memory,
-            cache_dir,
-            **kwargs,
-        )
+        super().__init__(data_dir, in_memory, cache_dir, **kwargs)
         self.download = download
 
     @property

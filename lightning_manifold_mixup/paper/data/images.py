@@ -1,5 +1,6 @@
 """CIFAR-10, CIFAR-100 and SVHN as torchvision reads them, with the papers' augmentation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ willow_tree wolf woman worm
 class _TorchvisionDataModule(ImageDataModule):
     """A data set that torchvision downloads and reads whole.
 
+    Subclasses give ``dataset_name``, its class in torchvision, and its ``constants``.
+
     Args:
         data_dir: where the data is or will be put.
         download: download it there (in ``prepare_data``, once a node) if it is missing.
@@ -42,15 +45,8 @@ class _TorchvisionDataModule(ImageDataModule):
     dataset_name: ClassVar[str]
     constants: ClassVar[ImageSpec]
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        download: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            **kwargs,
-        )
+    def __init__(self, data_dir: str = "data", download: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.data_dir = data_dir
         self.download = download
 
@@ -130,13 +126,11 @@ class CIFAR100DataModule(_TorchvisionDataModule):
     """
 
     dataset_name = "CIFAR100"
-    constants = ImageSpec(
+    constants = replace(
+        CIFAR10DataModule.constants,
         class_names=tuple(_CIFAR100_NAMES.split()),
-        image_size=32,
         mean=(0.5071, 0.4867, 0.4408),
         std=(0.2675, 0.2565, 0.2761),
-        padding=2,
-        flip=True,
     )
 
 

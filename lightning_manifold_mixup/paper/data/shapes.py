@@ -127,6 +127,6 @@ class ShapesDataModule(ClassificationDataModule):
         count = {"test": self.test_images, "val": self.val_images, "train": self.num_images}[split]
         if count == 0:
             return None
-        # a stream of its own for each split
+        # Each split has its own stream of random numbers.
         generator = torch.Generator().manual_seed(3 * self.seed + ["train", "val", "test"].index(split))
         return VectorDataset(*textured_shapes(count, self.size, self.shapes, self.noise, generator))

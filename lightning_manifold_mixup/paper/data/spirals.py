@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split
+from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split, check_val_size
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset, VectorDataset
 from lightning_manifold_mixup.paper.data.splits import split_by_class
 
@@ -78,13 +78,9 @@ class SpiralsDataModule(ClassificationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(val_size, str) and val_size != "test":
-            raise ValueError(f'SpiralsDataModule: expected val_size to be a number or "test", got {val_size!r}.')
-        self.samples_per_class = samples_per_class
-        self.test_samples_per_class = test_samples_per_class
-        self.num_arms = num_arms
-        self.turns = turns
-        self.noise = noise
+        check_val_size("SpiralsDataModule", val_size)
+        self.samples_per_class, self.test_samples_per_class = samples_per_class, test_samples_per_class
+        self.num_arms, self.turns, self.noise = num_arms, turns, noise
         self.val_size = val_size
 
     @property

@@ -1,21 +1,21 @@
 """Tables of numbers with a number to predict: diabetes, and Friedman's function."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from functools import cached_property
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.paper.data.base import Split
+from lightning_manifold_mixup.paper.data.base import Split, SplitDataModule
+from lightning_manifold_mixup.paper.data.batches import LabelledDataset, VectorDataset
 
 __all__ = ["DiabetesDataModule", "FriedmanDataModule", "RegressionDataModule"]
 
 
-class RegressionDataModule(L.LightningDataModule, ABC):
+class RegressionDataModule(SplitDataModule):
     """Batches of inputs (n, in_features) and targets (n,), both float32 and standardised.
 
     All splits are shifted and scaled by mean and standard deviation of the training samples: a root mean squared error
@@ -23,10 +23,9 @@ class RegressionDataModule(L.LightningDataModule, ABC):
 
     Args:
         batch_size: samples of a training batch; an incomplete last batch is kept.
-        eval_batch_size: of a validation, test or prediction batch.
         test_size: test samples: a number, or a share below 1, drawn by ``seed``.
         val_size: validation samples taken out of what is left, likewise; 0 for none.
-        seed: of the splits. The order of batches follows ``seed_everything`` instead.
+        kwargs: the other arguments of ``SplitDataModule``.
 
     Attributes:
         in_features: numbers in a sample; what a fully connected network needs to know.
@@ -36,17 +35,10 @@ class RegressionDataModule(L.LightningDataModule, ABC):
     in_features: int
 
     def __init__(
-        self,
-        batch_size: int = 32,
-        eval_batch_size: int = 500,
-        test_size: int | float = 0.25,
-        val_size: int | float = 0,
-        seed: int = 0,
+        self, batch_size: int = 32, test_size: int | float = 0.25, val_size: int | float = 0, **kwargs: Any
     ) -> None:
-        super().__init__()
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.test_size, self.val_size, self.seed = test_size, val_size, seed
-        self._splits: dict[Split, TensorDataset] | None = None
+        super().__init__(batch_size, **kwargs)
+        self.test_size, self.val_size = test_size, val_size
 
     @abstractmethod
     def load(self) -> tuple[Tensor, Tensor]:
@@ -55,25 +47,29 @@ class RegressionDataModule(L.LightningDataModule, ABC):
     @property
     def target_std(self) -> float:
         """Standard deviation of the training targets, in their own unit."""
-        _ = self.splits
-        return self._target_std
+        _, targets = self._samples
+        return targets[self._indices["train"]].std().item()
 
-    @property
-    def splits(self) -> dict[Split, TensorDataset]:
-        """The standardised samples of each split; made when first asked for."""
-        if self._splits is None:
-            inputs, targets = (part.double() for part in self.load())
-            order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(self.seed))
-            test, order = self._taken(order, self.test_size, "test_size")
-            val, train = self._taken(order, self.val_size, "val_size")
-            inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
-            self._target_std = targets[train].std().item()
-            targets = (targets - targets[train].mean()) / self._target_std
-            parts: dict[Split, Tensor] = {"train": train, "val": val, "test": test}
-            self._splits = {
-                name: TensorDataset(inputs[part].float(), targets[part].float()) for name, part in parts.items()
-            }
-        return self._splits
+    @override
+    def make_dataset(self, split: Split) -> LabelledDataset | None:
+        train, rows = self._indices["train"], self._indices[split]
+        if not len(rows):
+            return None
+        inputs, targets = ((x - x[train].mean(0)) / x[train].std(0) for x in self._samples)
+        return VectorDataset(inputs[rows].float(), targets[rows].float())
+
+    @cached_property
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.load()
+        return inputs.double(), targets.double()
+
+    @cached_property
+    def _indices(self) -> dict[Split, Tensor]:
+        """The samples of each split."""
+        order = torch.randperm(len(self._samples[1]), generator=self.generator())
+        test, order = self._taken(order, self.test_size, "test_size")
+        val, train = self._taken(order, self.val_size, "val_size")
+        return {"train": train, "val": val, "test": test}
 
     def _taken(self, order: Tensor, size: int | float, name: str) -> tuple[Tensor, Tensor]:
         count = round(size * len(order)) if 0 < size < 1 else int(size)
@@ -83,28 +79,6 @@ class RegressionDataModule(L.LightningDataModule, ABC):
                 f"below 1, got {size}."
             )
         return order[:count], order[count:]
-
-    @override
-    def setup(self, stage: str) -> None:
-        if stage in ("fit", "validate") and not len(self.splits["val"]):
-            # Lightning takes an empty list for a mistake and warns; a hook that is not overridden it does not call.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
-
-    @override
-    def train_dataloader(self) -> Any:
-        return DataLoader(self.splits["train"], self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> Any:
-        return DataLoader(self.splits["val"], self.eval_batch_size)
-
-    @override
-    def test_dataloader(self) -> Any:
-        return DataLoader(self.splits["test"], self.eval_batch_size)
-
-    @override
-    def predict_dataloader(self) -> Any:
-        return self.test_dataloader()
 
 
 class DiabetesDataModule(RegressionDataModule):
@@ -123,9 +97,6 @@ class DiabetesDataModule(RegressionDataModule):
     """
 
     in_features = 10
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
     @override
     def load(self) -> tuple[Tensor, Tensor]:
@@ -147,8 +118,8 @@ class FriedmanDataModule(RegressionDataModule):
 
     Example:
         >>> data = FriedmanDataModule(num_samples=300, test_size=100, val_size=50)
-        >>> {name: len(samples) for name, samples in data.splits.items()}
-        {'train': 150, 'val': 50, 'test': 100}
+        >>> len(data.train_set), len(data.val_set), len(data.test_set)
+        (150, 50, 100)
     """
 
     in_features = 10

@@ -149,7 +149,7 @@ class TextDataModule(ClassificationDataModule):
     r"""Labelled sentences from files of your own: batches of token ids (n, longest of the batch) and labels (n,).
 
     Token ids cannot be mixed, so the layers of Manifold Mixup begin with the embedding. There is no separate mask: the
-    networks ``TextConvNet`` and ``TextLSTM`` see from the embedding, whose padding is zero, where a sentence ends.
+    networks ``TextConvNet`` and ``TextLSTM`` see where a sentence ends: the embedding gives zeros for padding.
 
     Args:
         train_file: a ``.csv`` or ``.tsv`` file with a header, or lines ``label text``; see ``read_labelled_text``.
@@ -233,7 +233,7 @@ class TextDataModule(ClassificationDataModule):
         return TextDataset([self.vocabulary.encode(text)[: self.max_length] for text in texts], labels)
 
     def _indices(self, split: Split) -> list[int]:
-        """Samples of the training file that belong to a split."""
+        """Find the samples of the training file that belong to a split."""
         labels = self._labels(self.train_file)
         rest, test = split_by_class(labels, self.test_size if self.test_file is None else 0, self.generator())
         kept, val = split_by_class(labels[rest], self.val_size, self.generator())

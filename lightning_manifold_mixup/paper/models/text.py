@@ -1,11 +1,12 @@
 """Networks on token ids: convolutional (Kim 2014) and recurrent.
 
 The layers to mix are ``embedding``, where sentences are mixed word by word, and ``features``, one vector a sentence.
-Both networks see from the output of the embedding, whose padding is zero, where a sentence ends. Where two sentences
-are mixed at the embedding, the longer one decides, and there is no mask to be mixed beside it.
+The embedding gives zeros for padding, and both networks see from them where a sentence ends. They need no mask: two
+sentences mixed at the embedding end where the longer one does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,39 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 __all__ = ["TextConvNet", "TextLSTM"]
 
 
-class TextConvNet(nn.Module):
+class _TextNet(nn.Module):
+    """Word vectors, features of the sentence, dropout, and a linear layer.
+
+    Args:
+        vocabulary_size: number of token ids; 0 is padding.
+        num_classes: number of logits.
+        embedding_dim: numbers for a word.
+        make_features: makes the module from word vectors (n, length, embedding_dim) to features (n, num_features).
+        num_features: of a sentence.
+        dropout: of the features, before the last layer.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_classes: int,
+        embedding_dim: int,
+        make_features: Callable[[], nn.Module],
+        num_features: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_dim, padding_idx=0)
+        self.features = make_features()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(num_features, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (n, num_classes) of token ids (n, length)."""
+        return self.linear(self.dropout(self.features(self.embedding(tokens))))  # type: ignore[no-any-return]
+
+
+class TextConvNet(_TextNet):
     """Convolutions over words with several widths, and the largest value of each over the sentence (Kim 2014).
 
     Args:
@@ -49,18 +82,11 @@ class TextConvNet(nn.Module):
         dropout: float = 0.5,
         embedding_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, embedding_dim, padding_idx=0)
-        self.features = _Convolutions(embedding_dim, channels, widths, embedding_dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(channels * len(widths), num_classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (n, num_classes) of token ids (n, length)."""
-        return self.linear(self.dropout(self.features(self.embedding(tokens))))  # type: ignore[no-any-return]
+        features = partial(_Convolutions, embedding_dim, channels, widths, embedding_dropout)
+        super().__init__(vocabulary_size, num_classes, embedding_dim, features, channels * len(widths), dropout)
 
 
-class TextLSTM(nn.Module):
+class TextLSTM(_TextNet):
     """Bidirectional LSTM over the words, and the largest value of each state over the sentence.
 
     Args:
@@ -91,15 +117,8 @@ class TextLSTM(nn.Module):
         dropout: float = 0.5,
         embedding_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, embedding_dim, padding_idx=0)
-        self.features = _Recurrence(embedding_dim, hidden, embedding_dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(2 * hidden, num_classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (n, num_classes) of token ids (n, length)."""
-        return self.linear(self.dropout(self.features(self.embedding(tokens))))  # type: ignore[no-any-return]
+        features = partial(_Recurrence, embedding_dim, hidden, embedding_dropout)
+        super().__init__(vocabulary_size, num_classes, embedding_dim, features, 2 * hidden, dropout)
 
 
 class _Convolutions(nn.Module):
@@ -108,7 +127,7 @@ class _Convolutions(nn.Module):
     def __init__(self, dim: int, channels: int, widths: Sequence[int], dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        # padded so that each word is the last of one window: a sentence shorter than a filter has windows too
+        # Padded, so that a sentence shorter than a filter has windows too.
         self.convolutions = nn.ModuleList(nn.Conv1d(dim, channels, width, padding=width - 1) for width in widths)
         self.widths = tuple(widths)
 
@@ -118,7 +137,7 @@ class _Convolutions(nn.Module):
         pooled = []
         for width, convolution in zip(self.widths, self.convolutions, strict=True):
             states = convolution(words)
-            # the last window that holds a word begins at it, so there are length + width - 1 of them
+            # The last window with a word in it begins at the last word, so length + width - 1 windows count.
             ends = length + width - 1
             beyond = torch.arange(states.shape[2], device=words.device) >= ends.unsqueeze(1)
             pooled.append(states.masked_fill(beyond.unsqueeze(1), -torch.inf).amax(2).relu())
@@ -142,6 +161,6 @@ class _Recurrence(nn.Module):
 
 def _lengths(words: Tensor) -> Tensor:
     """Words of each sentence (n,), at least 1, by the vectors (n, length, dim): those of the padding are zero."""
-    there = words.detach().ne(0).any(2)
+    is_word = words.detach().ne(0).any(2)
     position = torch.arange(1, words.shape[1] + 1, device=words.device)
-    return (there * position).amax(1).clamp(min=1)
+    return (is_word * position).amax(1).clamp(min=1)
