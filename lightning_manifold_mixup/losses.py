@@ -14,7 +14,7 @@ LossName = Literal["cross_entropy", "bce"]
 
 
 def softmax_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross entropy of the softmax, averaged over batch and classes: the loss of the paper's public code.
+    """Compute the binary cross entropy of the softmax, the loss of the paper's public code: mean over batch and classes.
 
     Args:
         logits: (n, classes), any floating point dtype; computed in at least float32, also under autocast.
@@ -35,7 +35,7 @@ def softmax_bce(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def label_accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """Share of correct predictions; against mixed labels the lam-weighted one, against probabilities the expected one.
+    """Compute the share of correct predictions: lam-weighted for mixed labels, expected for probabilities.
 
     Args:
         logits: (n, classes).
@@ -83,11 +83,11 @@ class SoftLabelLossMixin:
     soft_label_loss_name: LossName = "cross_entropy"
 
     def soft_label_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The mean loss; see ``label_accuracy`` for the targets that it takes."""
+        """Compute the mean loss; see ``label_accuracy`` for the targets that it takes."""
         if self.soft_label_loss_name == "bce":
             return softmax_bce(logits, target)
         return F.cross_entropy(logits, target)
 
     def soft_label_accuracy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """See ``label_accuracy``."""
+        """Compute ``label_accuracy``."""
         return label_accuracy(logits, target)

@@ -121,7 +121,7 @@ def links(config: dict[str, Any]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _parameter(target: Any, name: str) -> inspect.Parameter | None:
-    """The argument of a class that has that name, its own or (through ``**kwargs``) that of a base class."""
+    """Find the argument of a class by name, its own or (through ``**kwargs``) one of a base class."""
     if not isinstance(target, type):
         return None
     for base in target.__mro__:

@@ -10,7 +10,7 @@ from lightning_manifold_mixup.evaluation.calibration import (
     plot_interpolation,
     plot_reliability,
 )
-from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, interpolate, noise_like
+from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, noise_like
 from lightning_manifold_mixup.evaluation.deformations import (
     DEFORMATIONS,
     Deformation,
@@ -47,7 +47,6 @@ __all__ = [
     "fgsm",
     "fit_temperature",
     "hidden_states",
-    "interpolate",
     "mean_and_std",
     "noise_like",
     "pgd",

@@ -1,10 +1,10 @@
-"""How sure a model is, and how sure it has reason to be: NLL, Brier score, ECE, and confidence away from the data.
+"""How sure a model is, and whether rightly so: NLL, Brier score, ECE, and confidence away from the data.
 
 The confidence of a prediction is its largest softmax probability. On test data it should equal the accuracy
 (reliability diagram; the expected calibration error, ECE, is the mean gap), and it should be lower on other data than
 on test data (the area under the ROC curve, AUROC, says how often it is). Between test points and on noise there is
-no right answer: the paper (Verma et al., arXiv 1806.05236) has Manifold Mixup make broad regions of low confidence
-there, and here they are measured.
+no right answer: there, the paper (Verma et al., arXiv 1806.05236) says, Manifold Mixup makes broad regions of low
+confidence.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 from typing_extensions import override
 
-from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, interpolate, noise_like
+from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, noise_like
 from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes, float64_device
 from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
+from lightning_manifold_mixup.mixing import Mix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +56,9 @@ class CalibrationCallback(EvaluationCallback):
     the table and logs the numbers (``test_calibration/data_scaled_ece``) and the figure.
 
     Args:
-        lams: points between an image and a random partner of its batch, as weights of the image: 0.5 is halfway. (With
-            random partners the other half of the way looks the same.)
-        num_bins: of the ECE and of the pictures.
+        lams: points between an image and a random partner of its batch, as weights of the image: 0.5 is halfway. Values
+            below 0.5 give the same points in the mean, since partners are random.
+        num_bins: bins of confidence, in the ECE and in the pictures.
         held_out: data to fit the temperature on, a loader or (its validation loader) a data module. None takes the
             validation data of the Trainer's data module in a test; without any, there is no row "data scaled".
         other_data: data of another kind, a loader or (its test loader) a data module, to be told from the test data.
@@ -104,10 +105,10 @@ class CalibrationCallback(EvaluationCallback):
         held_out = self._held_out(trainer)
         if held_out is None:
             rank_zero_info(
-                f"{type(self).__name__}: no row after temperature scaling, for want of held-out data. Set `held_out`, "
-                "or test with a data module that has a validation loader."
+                f"{type(self).__name__}: there is no held-out data, so there is no row after temperature scaling. Set "
+                "`held_out`, or test with a data module that has a validation loader."
             )
-        else:  # all of it on each rank
+        else:  # each rank takes all of it
             logits, target = zip(*self._predictions(trainer, pl_module, held_out), strict=True)
             self.temperature = fit_temperature(torch.cat(logits), torch.cat(target))
         if self.other_data is not None:
@@ -117,7 +118,7 @@ class CalibrationCallback(EvaluationCallback):
     on_test_epoch_start = on_validation_epoch_start
 
     def _held_out(self, trainer: L.Trainer) -> Any:
-        """The loader to fit the temperature on; None if there is none."""
+        """Return the loader to fit the temperature on; None if there is none."""
         if self.held_out is not None:
             return _loader(self.held_out, "validate")
         data = getattr(trainer, "datamodule", None)
@@ -129,7 +130,7 @@ class CalibrationCallback(EvaluationCallback):
     def _predictions(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and targets of the batches of another loader than the one that is evaluated."""
+        """Yield logits and targets of the batches of another loader than the one that is evaluated."""
         for batch in loader:
             batch = trainer.strategy.batch_to_device(batch)
             images, target = self.entries(batch)
@@ -145,14 +146,14 @@ class CalibrationCallback(EvaluationCallback):
         if self.temperature is not None:
             self._score("data scaled", logits / self.temperature, target)
             self.record("data scaled", confidence(logits / self.temperature))
-        partners = torch.randperm(len(images), generator=self.generator).to(images.device)
+        partners = torch.randperm(len(images), generator=self.generator)
         for lam in self.lams:
-            between = interpolate(images, lam, partners)
+            between = Mix(torch.tensor(lam), partners).to(images.device)(images, batch_dim=0)
             self._sure("interpolation", f"interpolation {lam:g}", self.logits(pl_module, between))
         self._sure("noise", "noise", self.logits(pl_module, noise_like(images, self.generator)))
 
     def _score(self, row: str, logits: Tensor, target: Tensor) -> None:
-        if row not in self.ece:  # now that the number of classes is known
+        if row not in self.ece:  # made here, where the number of classes is known
             self.ece[row] = MulticlassCalibrationError(logits.shape[1], n_bins=self.num_bins).to(logits.device)
         self.ece[row].update(logits.softmax(1), target)
         self.record(f"{row}/accuracy", logits.argmax(1) == target)
@@ -189,7 +190,7 @@ class CalibrationCallback(EvaluationCallback):
         ]
         bins = {name: {k: v.tolist() for k, v in metric.compute().items()} for name, metric in self.bins.items()}
         for name in bins.keys() - {"data"}:
-            del bins[name]["accuracy"]  # there is no right answer
+            del bins[name]["accuracy"]  # on these inputs there is no right answer
         return rows, {"bins": bins}
 
     @override
@@ -234,7 +235,7 @@ def plot_histogram(ax: Axes, bins: dict[str, dict[str, list[float]]]) -> None:
 
 
 def plot_interpolation(ax: Axes, rows: list[Row]) -> None:
-    """Draw mean confidence on the way from a test point to halfway to another, and on noise.
+    """Draw mean confidence between test points, from a point to halfway to another, and on noise.
 
     Args:
         ax: to draw on.
@@ -252,7 +253,7 @@ def plot_interpolation(ax: Axes, rows: list[Row]) -> None:
 
 
 def _loader(source: Batches, stage: str) -> Any:
-    """The loader of a data module for a stage, "validate" or "test"; a loader is one already."""
+    """Return the loader of a data module for a stage, "validate" or "test"; or ``source``, if it is a loader."""
     if isinstance(source, DataLoader):
         return source
     source.prepare_data()

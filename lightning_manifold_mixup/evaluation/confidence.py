@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["ConfidenceBins", "confidence", "interpolate", "noise_like"]
+__all__ = ["ConfidenceBins", "confidence", "noise_like"]
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -21,25 +21,6 @@ def confidence(logits: Tensor) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1).amax(1)
-
-
-def interpolate(images: Tensor, lam: float, partners: Tensor) -> Tensor:
-    """Give points on the lines between images and their partners.
-
-    Args:
-        images: (n, ...).
-        lam: weight of the image itself; 1 - lam is the weight of its partner.
-        partners: (n,), ``partners[i]`` is the partner of image i.
-
-    Returns:
-        The mixed images, same shape.
-
-    Example:
-        >>> interpolate(torch.tensor([[0.0], [1.0]]), 0.75, torch.tensor([1, 0]))
-        tensor([[0.2500],
-                [0.7500]])
-    """
-    return torch.lerp(images[partners], images, lam)
 
 
 def noise_like(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

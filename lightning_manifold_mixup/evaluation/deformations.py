@@ -1,8 +1,8 @@
 """Accuracy on test images deformed in ways that training never showed (Verma et al., arXiv 1806.05236).
 
-Levels and names are the paper's. It rescales the sampling grid, as the affine transforms of its code do: "zoom-in 60 %"
-shows 60 % of the image's width enlarged to all of it, "zoom-out 140 %" fits the image with its surroundings, 140 % of
-its width, into the frame. In torchvision's terms the scale is 1/0.6 and 1/1.4.
+Levels and names are the paper's. Its code rescales the sampling grid: "zoom-in 60 %" enlarges 60 % of the image's width
+to the whole width, and "zoom-out 140 %" fits 140 % of the width, the image with its surroundings, into the frame. In
+torchvision's terms the scales are 1/0.6 and 1/1.4.
 """
 
 from __future__ import annotations

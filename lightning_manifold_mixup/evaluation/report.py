@@ -55,7 +55,7 @@ def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # ``with_suffix`` would cut a name that has a dot
+    # ``with_suffix`` would cut off the end of a name that has a dot.
     table, data, picture = (path.parent / f"{path.name}.{suffix}" for suffix in ("csv", "json", "png"))
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -104,7 +104,7 @@ def axes(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 metrics for a model on ``device`` go: there, or to the CPU where MPS has no float64."""
+    """Return the device for float64 metrics of a model on ``device``: the same, or the CPU for MPS, which has none."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -112,8 +112,8 @@ class EvaluationCallback(Callback, ABC):
     """Base class of evaluations on the batches of ``trainer.validate`` and ``trainer.test``.
 
     A subclass measures one batch in ``update``, returns the results in ``compute`` and draws them in ``plot``. It may
-    call ``record`` to average over all batches and ranks, and draw random numbers from ``self.generator``. Of several
-    dataloaders, the first is evaluated. ``rows`` are the results of the last run.
+    call ``record`` to average over all batches and ranks, and draw random numbers from ``self.generator``. If there are
+    several dataloaders, only the first is evaluated. ``rows`` are the results of the last run.
 
     Override ``should_evaluate`` to evaluate at other times and ``logits`` for a module whose forward does not give
     logits.
@@ -166,7 +166,7 @@ class EvaluationCallback(Callback, ABC):
         """Add values to the mean ``self.means[key]``, which is taken over all batches and ranks."""
         if key not in self.means:
             self.means[key] = MeanMetric()
-            # under "16-true" the default is float16, which cannot count above 2048
+            # The default under "16-true" is float16, which cannot count above 2048.
             self.means[key].set_dtype(torch.float32)
             self.means[key].to(values.device)
         self.means[key].update(values)
@@ -188,7 +188,7 @@ class EvaluationCallback(Callback, ABC):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for module in ("matplotlib", "rich"):  # if one is missing, better now than after an hour of attacks
+        for module in ("matplotlib", "rich"):  # fail before the work if one of them is missing
             require(module, "cli")
 
     @override
@@ -213,7 +213,7 @@ class EvaluationCallback(Callback, ABC):
                 self.update(pl_module, images, target)
 
     def entries(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The images and the class indices of a batch."""
+        """Return the images and the class indices of a batch."""
         places = self._keys.locate(batch)
         return places.of(batch, places.require_inputs()[0]), places.of(batch, places.targets[0])
 
@@ -235,7 +235,7 @@ class EvaluationCallback(Callback, ABC):
             if self.verbose and trainer.state.fn != TrainerFn.FITTING:
                 print_table(rows, name.replace("_", " "))
             for logger in trainer.loggers:
-                # TensorBoard's logger has it, under either name of Lightning
+                # Told by the method and not by the class: Lightning's TensorBoardLogger has two names.
                 add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
                 if add_figure is not None:
                     add_figure(name, figure, trainer.global_step)

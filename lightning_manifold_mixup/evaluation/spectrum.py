@@ -186,7 +186,7 @@ def plot_spectrum(ax: Axes, singular_values: Tensor) -> None:
     ax.set(xlabel="index", ylabel="singular value", yscale="log")
     if len(seen):
         top = seen.max().item()
-        ax.set_ylim(max(seen.min().item() / 2, top * 1e-4), top * 2)  # below 1e-4 is rounding
+        ax.set_ylim(max(seen.min().item() / 2, top * 1e-4), top * 2)  # smaller values are rounding errors
     ax.legend(loc="upper right")
 
 
@@ -288,13 +288,13 @@ class RepresentationCallback(EvaluationCallback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        resolve_layers(pl_module, self.layers)  # so that a misspelt name is an error now, not after the first epoch
+        resolve_layers(pl_module, self.layers)  # a misspelt name is an error before the first epoch
 
     @override
     def update(self, pl_module: L.LightningModule, images: Tensor, target: Tensor) -> None:
         logits, states = hidden_states(pl_module, images, self.layers, self.pool, partial(self.logits, pl_module))
         for layer, state in states.items():
-            if layer not in self.spectra:  # now that its size is known
+            if layer not in self.spectra:  # made here, where its size is known
                 metric = ClassSpectrum(logits.shape[1], state.shape[1], self.centred)
                 self.spectra[layer] = metric.to(float64_device(state.device))
             self.spectra[layer].update(state, target)

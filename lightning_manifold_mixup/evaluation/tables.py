@@ -55,7 +55,7 @@ def print_table(rows: Sequence[Row], title: str | None = None, section: Callable
     cells = [[_cell(row[column]) for column in rows[0]] for row in rows]
     for column, texts in zip(rows[0], zip(*cells, strict=True), strict=True):
         numbers = all(_NUMBER.match(text) for text in texts if text)
-        # In a narrow terminal, words are folded: cut short, a name could not be copied.
+        # In a narrow terminal long words are folded, not cut off, so that names can still be copied.
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row, following, line in zip(rows, [*rows[1:], None], cells, strict=True):
         last = section is not None and following is not None and section(row) != section(following)

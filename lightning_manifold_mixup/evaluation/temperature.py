@@ -1,8 +1,8 @@
 """Temperature scaling and the Brier score: functions of logits and class indices.
 
-Raw calibration error compares two networks of which each might be mended by one number. Temperature scaling (Guo et
-al., "On Calibration of Modern Neural Networks", 2017) divides all logits by that number, fitted on data held out from
-the training; what is left afterwards is what a user has to live with.
+Temperature scaling (Guo et al., "On Calibration of Modern Neural Networks", 2017) divides all logits by one number,
+fitted on data held out from the training. It often removes most of the calibration error, so networks are compared
+after it, too.
 """
 
 import torch
@@ -59,7 +59,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
         )
 
         def temperature() -> Tensor:
-            # bounded, since the best temperature is 0 where all held-out samples are right
+            # Bounded: where all held-out samples are right, the likelihood grows down to temperature 0.
             return log_temperature.clamp(-4.605, 4.605).exp()
 
         def nll() -> Tensor:

@@ -1,4 +1,4 @@
-"""Less talk from Lightning, where training is a part of something else."""
+"""Fewer messages from Lightning, for commands of which training is only a part."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ IN_MEMORY = (
 )
 """Warnings that do not apply to small data in memory: their patterns, for ``quiet_lightning``."""
 
-# torch 2.14 deprecates what Lightning 2.6 calls
+# torch 2.14 deprecates a function that Lightning 2.6 calls.
 _ITS_OWN = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
 
 
 @contextmanager
 def quiet_lightning(level: int = logging.INFO, *ignored: str) -> Iterator[None]:
-    """Run a block, or decorate a function, without what Lightning says that its user cannot act on.
+    """Run a block, or decorate a function, without Lightning messages that its user cannot act on.
 
-    Its advertisements and its deprecated calls of torch are always dropped; no setting of Lightning does that.
+    Its advertisements, and torch's warnings about calls that Lightning makes, are always dropped: Lightning has no
+    setting for that.
 
     Args:
         level: the least severe messages of Lightning that are shown, as in ``logging``. If a stricter level is set

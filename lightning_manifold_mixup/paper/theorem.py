@@ -70,7 +70,7 @@ def fit_free_states(
     """Minimise the Manifold Mixup loss over free hidden states and a linear f, by L-BFGS in float64.
 
     The columns of A and b - 1/d start with sum 0, and the gradient keeps them so: A has rank min(dim, d - 1), and
-    Corollary 1 holds with equality. States start small: from large ones the way down can lead through infinity.
+    Corollary 1 holds with equality. States start small, because from large ones the minimisation can diverge.
 
     Args:
         num_classes: d.

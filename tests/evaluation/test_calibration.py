@@ -15,7 +15,6 @@ from lightning_manifold_mixup.evaluation import (
     brier_score,
     confidence,
     fit_temperature,
-    interpolate,
     noise_like,
 )
 from tests.evaluation.classifier import (
@@ -52,11 +51,8 @@ def test_confidence_one_is_in_the_last_bin():
     assert bins.compute()["count"].tolist() == [1, 1, 0, 1]
 
 
-def test_interpolate_and_noise_by_hand():
+def test_noise_by_hand():
     images = 2 + 3 * torch.randn(64, 3, 20, 20)
-    partners = torch.randperm(64)
-    expected = 0.3 * images + 0.7 * images[partners]
-    torch.testing.assert_close(interpolate(images, 0.3, partners), expected)
     images[:, 1] *= 5
     noise = noise_like(images, torch.Generator().manual_seed(0))
     torch.testing.assert_close(noise.mean((0, 2, 3)), images.mean((0, 2, 3)), rtol=0, atol=0.3)

@@ -131,7 +131,7 @@ class ImageFolderDataModule(_FolderDataModule):
         in_memory: decode every image once, to uint8, when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
             share them) as long as the files are the same. Only with ``in_memory``.
-        kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the image and ``flip`` is on.
+        kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the side, ``flip`` is on.
 
     Example:
         >>> ImageFolderDataModule("no/such/folder").setup("fit")

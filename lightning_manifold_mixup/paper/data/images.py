@@ -58,15 +58,15 @@ class _TorchvisionDataModule(ImageDataModule):
     @override
     def prepare_data(self) -> None:
         if self.download:
-            for train in (True, False):
-                self._open(train, download=True)
+            for split in ("train", "test"):
+                self._open(split, download=True)
 
     @override
     def load(self, split: Split) -> tuple[Tensor | ImageFiles, Tensor] | None:
         if split == "val":
             return None
         try:
-            dataset = self._open(split == "train", download=False)
+            dataset = self._open(split)
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"{type(self).__name__}: no {self.dataset_name} in {Path(self.data_dir).resolve()} (or incomplete). "
@@ -76,9 +76,9 @@ class _TorchvisionDataModule(ImageDataModule):
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         return images, torch.as_tensor(labels, dtype=torch.long)
 
-    def _open(self, train: bool, download: bool) -> Any:
+    def _open(self, split: str, download: bool = False) -> Any:
         dataset_class = getattr(require("torchvision.datasets", "cli"), self.dataset_name)
-        return dataset_class(self.data_dir, train=train, download=download)
+        return dataset_class(self.data_dir, train=split == "train", download=download)
 
     def _channels_first(self, data: Any) -> Any:
         return data.transpose(0, 3, 1, 2)
@@ -158,9 +158,8 @@ class SVHNDataModule(_TorchvisionDataModule):
     )
 
     @override
-    def _open(self, train: bool, download: bool) -> Any:
-        datasets = require("torchvision.datasets", "cli")
-        return datasets.SVHN(self.data_dir, split="train" if train else "test", download=download)
+    def _open(self, split: str, download: bool = False) -> Any:
+        return require("torchvision.datasets", "cli").SVHN(self.data_dir, split=split, download=download)
 
     @override
     def _channels_first(self, data: Any) -> Any:

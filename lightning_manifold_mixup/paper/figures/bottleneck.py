@@ -45,7 +45,7 @@ METHODS = {
 
 
 def problem() -> Problem:
-    """The digits, and the paper's network at a quarter of its width, with its public script's batch norm."""
+    """Make the digits, and the paper's network at a quarter of its width, with its public script's batch norm."""
     shape = {"in_features": 64, "num_classes": 10, "before": [256] * 2, "bottleneck": 2, "after": [256] * 2}
     return Problem(*digits(), network=shape | {"bottleneck_norm": True})
 
@@ -85,7 +85,7 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
 
 @torch.no_grad()
 def _maps(network: BottleneckMLP, task: Problem) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
-    """Hidden states of the training set, the square around them, and the confidence over that square."""
+    """Compute hidden states of the training set, the square around them, and the confidence over that square."""
     states = hidden_states(network, task.train_set[0], ["bottleneck"])[1]["bottleneck"]
     centre, radius = square_around(states)
     return states, centre, radius, probabilities_on_grid(layers_after(network), centre, radius).amax(2)

@@ -44,7 +44,7 @@ LAYERS = {"bottleneck": "mixed layer (12)", "layer4": "one layer after (256)", "
 
 
 def problem() -> Problem:
-    """The digits, and the paper's network at a quarter of its width."""
+    """Make the digits, and the paper's network at a quarter of its width."""
     shape = {"in_features": 64, "num_classes": 10, "before": [256] * 3, "bottleneck": 12, "after": [256] * 4}
     return Problem(*digits(), network=shape)
 

@@ -1,9 +1,9 @@
 """Figure 1: what Manifold Mixup does to decision boundary, hidden states and their singular values, on 2-D spirals.
 
 Source: Verma et al. 2019, Figure 1: a fully connected network of nine layers with a 2-D bottleneck in the middle, mixed
-only there. Data, widths and the strength of the other regularisers are not stated there. Here each has the largest
-of the strengths that were tried with a test error below 3.5 % (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5;
-input mixup alpha 1, 2).
+only there. The paper does not state the data, the widths and the strength of the other regularisers. Several strengths
+were tried (weight decay 1e-4, 1e-3; noise and dropout 0.1, 0.5; input mixup alpha 1, 2); here each regulariser has the
+largest one that gave a test error below 3.5 %.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _LIGHT = ("#5b8fd0", "#ffffff", "#e0636b")  # probability of the second class fr
 
 
 def problem() -> Problem:
-    """Two spiral arms of 500 points, and a network of nine layers."""
+    """Make two spiral arms of 500 points, and a network of nine layers."""
     data = SpiralsDataModule()
     sets = []
     for dataset in (data.train_set, data.test_set):

@@ -108,7 +108,7 @@ class Problem:
 
 
 def digits() -> tuple[Labelled, Labelled]:
-    """The 8x8 digits as vectors of 64 pixels in [0, 1]: 1,000 to train, 797 to test.
+    """Load the 8x8 digits as vectors of 64 pixels in [0, 1]: 1,000 to train, 797 to test.
 
     Pixels are not standardised, so that the singular values can be compared with those of other implementations.
 
@@ -219,8 +219,8 @@ def layers_after(network: BottleneckMLP, name: str = "bottleneck") -> nn.Sequent
 def spectra(network: nn.Module, labelled: Labelled, layers: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Compute the singular values of each class's hidden states, not centred: see ``ClassSpectrum``.
 
-    With these data and networks they have the size that others report. If the class means were subtracted, the largest
-    value would be a fifth of that.
+    With these data and networks they have the size that others report. Centred, the largest value would be a fifth of
+    that.
 
     Args:
         network: in evaluation mode.
@@ -299,7 +299,7 @@ def means_and_stds(results: Sequence[Mapping[str, float]]) -> dict[str, float | 
 
 
 def cell(row: Mapping[str, Any], name: str, decimals: int) -> str:
-    """The mean and standard deviation of one number, for the terminal.
+    """Write the mean and standard deviation of one number, for the terminal.
 
     Example:
         >>> cell({"nll": 0.5, "nll_std": 0.25}, "nll", 2)

@@ -37,7 +37,7 @@ class PreActBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output (n, channels, height / stride, width / stride)."""
+        """Return the block's output (n, channels, height / stride, width / stride)."""
         h = F.relu(self.bn1(x))
         residual = x if self.shortcut is None else self.shortcut(h)
         h = F.relu(self.bn2(self.conv1(h)))

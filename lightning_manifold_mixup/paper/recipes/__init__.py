@@ -1,7 +1,7 @@
 """Recipes by name: YAML files for ``--config``, in layers, so that each value stands in one place with its reason.
 
-A name is split at its hyphens, and every file whose own parts are all among the parts of the name is one of its layers:
-the fewer parts, the earlier, and a later layer overrides an earlier one. ``cifar10_small-5000`` is
+A name is split at its hyphens. Every file whose own parts are all among the parts of the name is one of its layers.
+Files with fewer parts come earlier, and a later layer overrides an earlier one. ``cifar10_small-5000`` is
 ``cifar10_small.yaml``, then ``cifar10_small-5000.yaml``. The rows of the paper's tables are made of the files in
 ``paper/`` in the same way: ``cifar10-wrn28_10-manifold`` is ``common``, ``cifar10``, ``wrn28_10``, ``manifold``, then
 ``wrn28_10-manifold``.
@@ -47,7 +47,7 @@ _FOLDER = Path(__file__).parent
 
 
 def row_names() -> list[str]:
-    """The rows of the paper's tables, as ``<data>-<network>-<method>``.
+    """Name the rows of the paper's tables, ``<data>-<network>-<method>``.
 
     Example:
         >>> len(row_names()), row_names()[0], row_names()[-1]
@@ -68,7 +68,7 @@ def is_row(name: str) -> bool:
 
 
 def with_method(row: str, method: str) -> str:
-    """The row for another method.
+    """Name the row of the same table for another method.
 
     Example:
         >>> with_method("svhn-wrn28_10-manifold-code", "input")
@@ -79,7 +79,7 @@ def with_method(row: str, method: str) -> str:
 
 
 def names() -> list[str]:
-    """All recipes: the small ones, then the paper's rows."""
+    """Name all recipes: the small ones, then the paper's rows."""
     return [*sorted(path.stem for path in _FOLDER.glob("*.yaml")), *row_names()]
 
 
