@@ -14,7 +14,7 @@ LossName = Literal["cross_entropy", "bce"]
 
 
 def softmax_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the binary cross entropy of the softmax, mean over batch and classes: the loss of the paper's public code.
+    """Compute the loss of the paper's public code: binary cross entropy of the softmax, mean over batch and classes.
 
     Args:
         logits: (n, classes), any floating point dtype; computed in at least float32, also under autocast.

@@ -237,14 +237,14 @@ def test_path_counts_are_exact_beyond_floating_point():
     assert into[end] * onward[end] == 2**200
 
 
-def test_sinks_are_the_last_meetings():
+def test_sinks_are_the_last_comparisons():
     """Content meets the target inside the network (node 2), and again as logits (node 4): the latter is the end."""
     flow = Flow()
     flow.predecessors = [(), (0,), (1,), (2,), (3,)]
     flow.weighted = [False, True, False, True, False]
-    flow.meetings = {2: (1,), 4: (3,)}
+    flow.comparisons = {2: (1,), 4: (3,)}
     assert find_sinks(flow) == [3]
-    flow.meetings = {2: (1,)}
+    flow.comparisons = {2: (1,)}
     assert find_sinks(flow) == []  # labels that are an input, and compared with nothing
     flow.losses = {2}
     assert find_sinks(flow) == [1]

@@ -1,8 +1,8 @@
 """Cut points: the layers that every path from the input to the logits runs through.
 
-A layer's output is a cut point when no path leads around it; only there does mixing reach the whole state. Whether one
-does is a matter of counting: with p the number of paths from the input to the logits, and q the number of those through
-the layer's output, the layer is a cut point exactly if p = q. The counts are exact: Python's integers do not overflow.
+A layer's output is a cut point when no path leads around it; only there does mixing reach the whole state. With p paths
+from the input to the logits, and q of them through the layer's output, the layer is a cut point exactly if p = q. The
+counts are exact, since Python's integers do not overflow.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Call:
 
 
 class Verdict(Enum):
-    """What was found about a layer, in the few words of a table."""
+    """What was found about a layer, in words that fit into a table."""
 
     ELIGIBLE = "on every path"
     BYPASSED = "bypassed"
@@ -89,7 +89,7 @@ class Layer:
         position: A number that grows from the input to the logits; -1 if it was not called on the way.
         depth: how many operations on the way, up to its output, have used weights.
         batch_dims: for each float tensor of its output, which dimension runs over samples, None if none does.
-        ambiguous: whether that was a guess, as dimensions 0 and 1 both have the size of the batch.
+        ambiguous: whether that was a guess, because dimensions 0 and 1 both have the size of the batch.
     """
 
     name: str
@@ -162,7 +162,7 @@ def analyse(
     into, onward = count_paths(flow.predecessors, sinks)
     total = onward[SOURCE]
     through = [a * b for a, b in zip(into, onward, strict=True)]
-    # Only what lies on a path: a penalty on the weights, say, follows the logits too.
+    # Only weights on a path count: a penalty on weights, for instance, follows the logits too.
     on_path = [weight and bool(paths) for weight, paths in zip(flow.weighted, through, strict=True)]
     followed = weights_after(flow.predecessors, on_path)
     depth = list(accumulate(on_path, initial=0))
@@ -202,7 +202,7 @@ def _judge(
         return _why_not_live(layer)
     live = [[mark for mark in call.marks if through[mark.node]] for call in layer.live]
     nodes = [[mark.node for mark in marks] for marks in live]
-    # The tensors that one call returns lie on distinct paths, so the sum counts each path once.
+    # No path leads through two tensors of one call, so the sum counts each path once.
     covered = sum(through[node] for call in nodes for node in call)
     if len(live) > 1 and (covered != total or _feeds_itself(nodes, flow.predecessors)):
         return Verdict.REPEATED
@@ -236,7 +236,7 @@ def _wrong_rows(layer: Layer, live: Sequence[Sequence[Mark]], rows: Rows) -> Ver
                 continue
             if dim is None:
                 return _without_samples(shape, rows)
-    # The hook mixes also those calls that lead to no loss of the targets.
+    # The hook also mixes in calls that lead to no loss of the targets.
     for index, call in enumerate(layer.calls):
         if layer.name != INPUT and call.carries_gradient and call.training and call not in layer.live:
             dims = rows.dims(layer, call.shapes, index)
@@ -264,8 +264,7 @@ def _why_not_live(layer: Layer) -> Verdict:
         return Verdict.TRANSFORMED
     if not any(call.marks for call in layer.calls):
         return Verdict.NO_DATA
-    # A pass of the network that no gradient comes back through (a teacher's) is the likelier reason than a result
-    # ignored.
+    # A pass without gradients (a teacher's) is more likely than a result that is not used.
     if not any(call.carries_gradient for call in layer.calls if call.marks):
         return Verdict.NO_GRADIENT
     return Verdict.UNUSED
@@ -287,7 +286,7 @@ def _feeds_itself(calls: Sequence[Sequence[int]], predecessors: Sequence[Sequenc
 
 
 def _group(layers: Sequence[Layer], flow: Flow, through: Sequence[int], total: int) -> None:
-    """Give layers that return the very same tensors (a container and its last child) one group."""
+    """Put layers that return the same tensors, such as a container and its last child, into one group."""
     owner: dict[int, Layer] = {}
     groups = 0
     called = [layer for layer in layers if layer.live]

@@ -1,12 +1,12 @@
 """Which content flows where: a record of one forward pass, written while it runs.
 
-The record is a graph of small integers. Node 0 is the input; every operation that reads content makes a node whose
-predecessors are the nodes of what it read. *Content* is a tensor of floating point (or complex) numbers that comes
-from the input: a float input itself, or what integer inputs look up in a parameter. Integers and booleans that come
-from the input (masks, lengths, positions) are no content: what they steer is mixed all the same.
+The record is a graph of small integers. Node 0 is the input. Every operation that reads content makes a node, whose
+predecessors are the nodes of what it read. *Content* is a tensor of floating point (or complex) numbers that comes from
+the input: a float input itself, or what integer inputs look up in a parameter. Integers and booleans that come from the
+input (masks, lengths, positions) are *controls*: they decide what is done with content and are not mixed themselves.
 
-The record watches calls at the level of ``torch.*`` functions, not of kernels, for there a tensor has an identity. That
-is what tells a layer's output from another reference to the same memory, and a mixing hook replaces the former only.
+The record watches calls of ``torch.*`` functions and not of kernels, because kernels do not see the Python object of a
+tensor. A mixing hook replaces one such object, the layer's output; other objects with the same memory stay unmixed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOURCE = 0
 
 
 class _Read(NamedTuple):
-    """A tensor as it was before an operation read it (an operation in place changes all but the first)."""
+    """A tensor and its state before an operation read it. The operation may work in place and change this state."""
 
     tensor: Tensor
     version: int
@@ -37,7 +37,7 @@ class _Read(NamedTuple):
 
 
 class Flow(TorchFunctionMode):
-    """The record of a forward pass. It changes nothing: every operation runs as it would have.
+    """The record of a forward pass. It changes nothing: every operation gives what it gives without the record.
 
     Attributes:
         predecessors: for each node the nodes it was computed from. Nodes are numbered in the order of computation, so
@@ -45,10 +45,10 @@ class Flow(TorchFunctionMode):
         weighted: for each node, whether its operation also read a parameter of two or more dimensions.
         exchanged: for each node, whether its operation moved rows to each other by indices of the batch, such as the
             edges of a graph.
-        meetings: nodes at which content that carries a gradient met something derived from the targets, with that
-            content.
-        silent_meetings: the same for content that carries no gradient (metrics, soft labels, the inside of a custom
-            function).
+        comparisons: nodes whose operation read both content that carries a gradient and something derived from the
+            targets, with that content.
+        comparisons_without_gradient: the same for content that carries no gradient (metrics, soft labels, the inside of
+            a custom function).
         losses: those of both whose result is a single number.
     """
 
@@ -57,21 +57,21 @@ class Flow(TorchFunctionMode):
         self.predecessors: list[tuple[int, ...]] = [()]
         self.weighted: list[bool] = [False]
         self.exchanged: list[bool] = [False]
-        self.meetings: dict[int, tuple[int, ...]] = {}
-        self.silent_meetings: dict[int, tuple[int, ...]] = {}
+        self.comparisons: dict[int, tuple[int, ...]] = {}
+        self.comparisons_without_gradient: dict[int, tuple[int, ...]] = {}
         self.losses: set[int] = set()
-        # Content, by the identity of the tensor, with the version its memory had when the node was made.
+        # Content, by tensor object, with the version of its memory when the node was made.
         self._nodes: Any = WeakIdKeyDictionary()
-        # The same by grad_fn: it finds what went into kernels that are not torch functions (CUDA extensions, Triton).
+        # The same by grad_fn, to find what went into kernels that are no torch functions (CUDA extensions, Triton).
         self._behind_grad: dict[Any, tuple[tuple[int, ...], bool]] = {}
-        # By memory: the content that was written last, parameters (with their number of dimensions), what comes from
-        # the targets, and what steers: it comes from the input and is not content (with the content it was made from).
+        # By memory: the content that was written last; parameters, with their number of dimensions; what comes from the
+        # targets; and controls, with the content that they were made from.
         self._latest: dict[int, int] = {}
         self._parameters: dict[int, int] = {}
         self._targets: set[int] = set()
-        self._steering: dict[int, tuple[int, ...]] = {}
+        self._controls: dict[int, tuple[int, ...]] = {}
         self._state: set[int] = set()
-        # A weak reference: no other storage gets the address of one that is gone, and the memory is still freed.
+        # Weak references: they keep the address of a storage from being used again, and do not keep its memory.
         self._storages: dict[int, StorageWeakRef] = {}
         self._without_storage: Any = WeakIdKeyDictionary()
         self._counter = count(-1, -1)
@@ -80,7 +80,7 @@ class Flow(TorchFunctionMode):
         """Make a tensor part of the input; return its node if it is content."""
         key = self._key(tensor)
         if not _is_content(tensor):
-            self._steering[key] = (SOURCE,)
+            self._controls[key] = (SOURCE,)
             return None
         self._latest[key] = self._new((SOURCE,), weighted=False)
         return self._latest[key]
@@ -90,7 +90,7 @@ class Flow(TorchFunctionMode):
         self._targets.add(self._key(tensor))
 
     def add_state(self, parameters: Iterable[Tensor | None], buffers: Iterable[Tensor | None]) -> None:
-        """Make tensors known as a module's own. What is written into them stays out of the record."""
+        """Register a module's parameters and buffers. The record leaves out what is written into them."""
         for parameter in parameters:
             if parameter is not None:
                 key = self._key(parameter)
@@ -103,10 +103,11 @@ class Flow(TorchFunctionMode):
         return self._find(_read(tensor)) if _is_content(tensor) else None
 
     def mark(self, tensor: Tensor) -> tuple[Tensor, int] | None:
-        """Give a tensor a second identity with a node of its own.
+        """Make a second tensor object of a tensor, with a node of its own.
 
         Returns:
-            The same memory as a tensor that stands for it from here on, and its node; or None if it holds no content.
+            The new object, which has the same memory and takes the place of the old one, and its node; None if the
+            tensor holds no content.
         """
         node = self.node(tensor)
         if node is None or tensor.layout != torch.strided or tensor.is_nested or is_transformed(tensor):
@@ -114,10 +115,10 @@ class Flow(TorchFunctionMode):
         if not tensor.requires_grad:
             alias = tensor.detach()
         elif torch.is_grad_enabled():
-            # A view: autograd follows it through operations in place, and it takes no memory, as a copy would.
+            # A view: unlike a copy it takes no memory, and autograd follows operations in place on it.
             alias = torch.ops.aten.alias.default(tensor)
         else:
-            return None  # under no_grad an alias would require no gradient, but the tensor may need one later
+            return None  # an alias made under no_grad requires no gradient, and the tensor may need one later
         mark = self._new((node,), weighted=False)
         self._enter(alias, mark)
         return alias, mark
@@ -131,8 +132,7 @@ class Flow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        # Labels in superposition are a tensor subclass: what is asked of a tensor here must not reach its
-        # ``__torch_function__``.
+        # Questions to tensors of a subclass (labels in superposition) must not be recorded as the user's operations.
         with torch._C.DisableTorchFunctionSubclass():
             reads = [_read(tensor) for tensor in tensors(value_arguments(name, args, kwargs))]
         out = func(*args, **kwargs)
@@ -156,13 +156,13 @@ class Flow(TorchFunctionMode):
         for read in reads:
             key = self._key(read.tensor)
             if key in self._parameters:
-                # A number computed from weights (a penalty on their norm) is no weight itself.
+                # A single number computed from weights, such as their norm, does not count as a weight.
                 weight = max(weight, self._parameters[key] if read.tensor.ndim else 1)
             elif _is_content(read.tensor) and (node := self._find(read)) is not None:
                 content[node] = None
                 if read.requires_grad:
                     carrying[node] = None
-            origins.update(dict.fromkeys(self._steering.get(key, ())))
+            origins.update(dict.fromkeys(self._controls.get(key, ())))
             targeted = targeted or key in self._targets
         looked_up = bool(origins) and weight > 0
         if not (content or origins or targeted or weight):
@@ -176,7 +176,7 @@ class Flow(TorchFunctionMode):
                     self.exchanged[node] = exchanged
                 self._enter(tensor, node)
             elif content or origins:
-                self._steering[key] = tuple(content | origins)
+                self._controls[key] = tuple(content | origins)
             elif weight and _is_content(tensor):
                 self._parameters[key] = weight
             if targeted and carrying:
@@ -184,12 +184,12 @@ class Flow(TorchFunctionMode):
             elif targeted:
                 self._targets.add(key)
         if targeted and node is not None and content:
-            (self.meetings if carrying else self.silent_meetings)[node] = tuple(carrying or content)
+            (self.comparisons if carrying else self.comparisons_without_gradient)[node] = tuple(carrying or content)
             if all(tensor.ndim == 0 for tensor in results):
                 self.losses.add(node)
 
     def _exchanges_rows(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether rows are gathered or summed by whole numbers of the batch that do not merely reorder them."""
+        """Whether rows are gathered or summed by indices from the batch that do more than reorder them."""
         first = args[0] if args else None
         if not isinstance(first, Tensor) or not first.ndim:
             return False
@@ -203,7 +203,7 @@ class Flow(TorchFunctionMode):
             return False
         if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or not isinstance(dim, int):
             return False
-        if dim % first.ndim or set(self._steering.get(self._key(index), (None,))) != {SOURCE}:
+        if dim % first.ndim or set(self._controls.get(self._key(index), (None,))) != {SOURCE}:
             return False
         reorders = index.ndim == 1 and len(index) == len(first) == len(torch.unique(index))
         return not reorders
@@ -225,7 +225,7 @@ class Flow(TorchFunctionMode):
         key = self._key(tensor)
         node, seen_version = self._nodes.get(tensor, (None, version))
         unknown_grad = grad_fn is not None and grad_fn not in self._behind_grad
-        # Made from the targets, and now with a gradient: a custom autograd function has returned it.
+        # It was made from the targets and now carries a gradient: a custom autograd function has returned it.
         is_loss = key in self._targets and unknown_grad
         if node is not None and version == seen_version and not is_loss:
             return int(node)
@@ -240,7 +240,7 @@ class Flow(TorchFunctionMode):
             return None
         node = self._new(predecessors, weighted)
         if is_loss:
-            self.meetings[node] = behind
+            self.comparisons[node] = behind
             self.losses.update([node] if tensor.ndim == 0 else [])
             self._targets.discard(key)
         self._nodes[tensor] = node, version
@@ -276,7 +276,7 @@ class Flow(TorchFunctionMode):
     def _key(self, tensor: Tensor) -> int:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse tensors, and those inside torch.func transforms
+        except (NotImplementedError, RuntimeError):  # sparse tensors, and tensors inside torch.func transforms
             if tensor not in self._without_storage:
                 self._without_storage[tensor] = next(self._counter)
             return int(self._without_storage[tensor])
@@ -296,7 +296,7 @@ def value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor lives inside a transform such as ``torch.vmap``, and does not know its own gradient."""
+    """Whether a tensor belongs to a running transform such as ``torch.vmap``: it does not know its own gradient."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

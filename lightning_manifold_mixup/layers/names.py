@@ -13,9 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 INPUT = "input"
 """The name of layer 0, the network's input. It is no module, so it has no entry in ``named_layers``."""
 
-# Names that no user gives to an attribute of their own: torch.compile, activation checkpointing, FSDP.
+# Attributes of the wrappers of torch.compile, activation checkpointing and FSDP. No user chooses these names.
 _PRIVATE = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-# ``module`` is a name that users do choose, so it is a wrapper's only below these.
+# Users do choose the name ``module``, so it is a wrapper's only below these.
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -47,10 +47,9 @@ def named_layers(root: nn.Module) -> dict[str, nn.Module]:
         parent, _, last = name.rpartition(".")
         wrapped = last in _PRIVATE or (last == "module" and isinstance(modules[parent], _PARALLEL))
         clean[name] = clean[parent] if wrapped else f"{clean[parent]}.{last}".lstrip(".")
-        # Outer modules come first, and the inner one replaces them: a hook on a compiled module's wrapper is not
-        # traced, one on the module inside is. With activation checkpointing the wrapper stays: its hook runs once and
-        # outside the checkpoint, one on the module inside would run again in every recomputation (right, but for
-        # nothing).
+        # Outer modules come first, and an inner one replaces its wrapper: torch.compile traces hooks of the module
+        # inside, and not those of the wrapper. The wrapper of activation checkpointing stays: a hook on it runs once,
+        # one on the module inside would run again at each recomputation.
         if clean[name] and not isinstance(layers.get(clean[name]), CheckpointWrapper):
             layers[clean[name]] = module
     return layers
@@ -106,7 +105,7 @@ def weighted_layers(root: nn.Module, layers: str | Sequence[str] | Mapping[str, 
 
     Args:
         root: the module the names are relative to.
-        layers: A name or glob, several of them, or a mapping from them to weights > 0.
+        layers: a name or glob, several of them, or a mapping from them to weights > 0.
 
     Returns:
         The weight of each layer; 1 unless it was given.

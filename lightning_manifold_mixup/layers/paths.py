@@ -1,4 +1,4 @@
-"""Paths through the record of flow: how many there are, where they end, and where weights lie on them."""
+"""Paths through the record of a forward pass: how many there are, where they end, and where they use weights."""
 
 from __future__ import annotations
 
@@ -41,12 +41,11 @@ def count_paths(
 
 
 def find_sinks(flow: Flow) -> list[int]:
-    """Find where the network ends: the content that met a target.
+    """Find where the network ends: the content that was compared with a target.
 
-    A target may also be an input (an autoencoder's image, a decoder's previous word) and meet content inside the
-    network. So only the meetings count after which no weight is used, and those that give a single number (weights
-    follow it in the penalty of a gradient). Losses that come together (a sum of two, one times a weight) are no ends:
-    they come from one already.
+    A target may also be an input (an autoencoder's image, a decoder's previous word), which the network itself combines
+    with content. So a comparison counts only if no weight is used after it, or if it gives a single number (a penalty
+    on gradients uses weights after the loss). A sum or product of losses is no end: each loss in it has its own.
 
     Args:
         flow: the record.
@@ -57,16 +56,16 @@ def find_sinks(flow: Flow) -> list[int]:
     learned = [False] * len(flow.predecessors)
     for node, before in enumerate(flow.predecessors):
         learned[node] = flow.weighted[node] or any(learned[other] for other in before)
-    meetings = {
+    comparisons = {
         node: [other for other in content if learned[other]]
-        for node, content in (flow.meetings or flow.silent_meetings).items()
+        for node, content in (flow.comparisons or flow.comparisons_without_gradient).items()
     }
     after = weights_after(flow.predecessors, flow.weighted)
-    meetings = {node: content for node, content in meetings.items() if not after[node] or node in flow.losses}
+    comparisons = {node: content for node, content in comparisons.items() if not after[node] or node in flow.losses}
     is_loss = [False] * len(flow.predecessors)
     for node, before in enumerate(flow.predecessors):
-        is_loss[node] = node in meetings or any(is_loss[other] for other in before)
-    return sorted({other for content in meetings.values() for other in content if not is_loss[other]})
+        is_loss[node] = node in comparisons or any(is_loss[other] for other in before)
+    return sorted({other for content in comparisons.values() for other in content if not is_loss[other]})
 
 
 def weights_after(predecessors: Sequence[Sequence[int]], weighted: Sequence[bool]) -> list[bool]:
