@@ -1,7 +1,7 @@
 """``manifold-mixup compare``: none, input mixup and Manifold Mixup, on the same seeds, weights and batches.
 
-Each run ends with a result file in a folder of its own, named after everything that could change the numbers. A run
-whose file is there is not repeated, so that an interrupted comparison goes on where it stopped.
+Each run writes a result file into a folder of its own, whose name depends on everything that could change the numbers. A
+run with a result file is not repeated, so an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NUMBERS = {
 """The metrics that are compared, and what they are called; with a % they are shares."""
 
 
-@quiet_lightning(logging.WARNING)  # without device, seed and end of each training
+@quiet_lightning(logging.WARNING)  # no messages about device, seed and end of each training
 def main(args: Sequence[str]) -> None:
     """Run the command.
 
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
     """
     options, overrides = _parser().parse_known_args(args)
     methods, seeds = _methods(options.methods), _seeds(options.seeds)
-    require("matplotlib", "cli")  # if it is missing, better now than after an hour of training
+    require("matplotlib", "cli")  # fail before the training if it is missing
     out = Path(options.out)
     runs = [
         Run(recipe, method, seed, tuple(overrides), out)

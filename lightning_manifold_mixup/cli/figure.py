@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> None:
         )
         options.add_argument("--out", type=Path, default=Path(RUNS), help="folder of the files (default: %(default)s)")
     chosen = parser.parse_args(args)
-    for package in ("matplotlib", "rich", "sklearn"):  # if it is missing, better now than after the training
+    for package in ("matplotlib", "rich", "sklearn"):  # fail before the training if one is missing
         require(package, "cli")
 
     report = import_module(f"lightning_manifold_mixup.paper.figures.{chosen.figure}").make(chosen.epochs, chosen.seeds)

@@ -24,7 +24,7 @@ from lightning_manifold_mixup.layers import LayerReport, eligible_layers, has_fo
 from lightning_manifold_mixup.paper.quiet import quiet_lightning
 
 _SAMPLES = 5
-"""Size of the example batch. Other dimensions rarely have this size, so the batch dimension is clear."""
+"""Size of the example batch. Other dimensions rarely have this size, so that of the samples is clear."""
 
 
 @quiet_lightning(logging.WARNING)

@@ -1,8 +1,8 @@
 """What a command line asks for, found before its parser is built: which classes, and what the data tells the model.
 
-``num_classes`` and the like need not be set where the data module knows them: they are links of jsonargparse. A link
-has to be made before anything is parsed, and jsonargparse's own cannot be made for every model: it fails if the class
-lacks the argument, or if a function makes the network, and it overrides what the user has set. Hence this look ahead.
+The data module knows ``num_classes`` and the like; links of jsonargparse hand them to the model. jsonargparse wants links
+before it parses, and a link fails if the model's class lacks the argument or if a function makes the network. It also
+overrides what the user has set. So this module reads the command line first, and only the links that fit are made.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ CLEAN = "+clean"
 LAST, BEST = "last epoch", "best val epoch"
 
 _ALPHAS = ("alpha", "alpha_labelled", "alpha_unlabelled")
-_NO_MATTER = (
+_WITHOUT_EFFECT = (
     "default_root_dir",
     "enable_checkpointing",
     "enable_model_summary",
@@ -101,7 +101,7 @@ class Run:
     def key(self, cli: Prepared) -> str:
         """Hash all that the results depend on (the configuration and the version of this package) to eight letters."""
         config = yaml.safe_load(cli.parser.dump(cli.config))
-        for name in _NO_MATTER:
+        for name in _WITHOUT_EFFECT:
             config["trainer"].pop(name, None)
         text = json.dumps([version(), config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -115,10 +115,9 @@ def set_method(config: Any, method: str) -> None:
     """Turn a parsed configuration with Manifold Mixup into that of another method.
 
     Args:
-        config: with a ``ManifoldMixupCallback`` among the Trainer's callbacks, or a
-            model that has ``alpha`` (or ``alpha_labelled`` and ``alpha_unlabelled``) and ``layers``, as the modules of
-            this package have.
-            Changed in place.
+        config: with a ``ManifoldMixupCallback`` among the Trainer's callbacks, or a model that has ``alpha`` (or
+            ``alpha_labelled`` and ``alpha_unlabelled``) and ``layers``, as the modules of this package have. Changed in
+            place.
         method: ``"none"``: no mixing. ``"input"``: alpha 1 at the input. ``"manifold"``: as the configuration has it.
             ``"manifold+clean"``: that, with the loss of the unmixed batch added (RegMixup, Pinto et al. 2022).
 

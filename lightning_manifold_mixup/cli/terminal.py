@@ -30,8 +30,8 @@ class UsageError(ValueError):
 def short_errors() -> Iterator[None]:
     """Run a block; if it raises an error that the user can mend, print one line and end the process.
 
-    Those are the errors of this package and of Lightning's checks, and missing files and packages. With
-    ``MANIFOLD_MIXUP_DEBUG=1`` in the environment they keep their traceback.
+    The user can mend the errors of this package and of Lightning's checks, and missing files and packages. With
+    ``MANIFOLD_MIXUP_DEBUG=1`` in the environment they are raised with their traceback.
     """
     try:
         yield

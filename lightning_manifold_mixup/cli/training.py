@@ -20,7 +20,7 @@ from lightning_manifold_mixup.evaluation import EvaluationCallback, print_table
 from lightning_manifold_mixup.paper import recipes
 from lightning_manifold_mixup.paper.quiet import IN_MEMORY
 
-for _module in ("jsonargparse", "rich"):  # Lightning's own message does not name the extra that brings them
+for _module in ("jsonargparse", "rich"):  # Lightning's own error does not name the extra that installs them
     require(_module, "cli")
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # noqa: E402
@@ -127,7 +127,7 @@ class ManifoldMixupCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if getattr(self.datamodule, "num_workers", None) == 0:
-            # The data module knows its number of workers, and for images in memory 0 is the fastest.
+            # Chosen by the data module: for data in memory, 0 workers are the fastest.
             warnings.filterwarnings("ignore", IN_MEMORY[0])
 
     def after_fit(self) -> None:
@@ -149,7 +149,7 @@ class Prepared(ManifoldMixupCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        for name in ("--ckpt_path", "--weights_only"):  # in the files that ``fit --print_config`` writes
+        for name in ("--ckpt_path", "--weights_only"):  # files written by ``fit --print_config`` have these
             parser.add_argument(name, default=None)
 
     @override
