@@ -1,7 +1,7 @@
 """``manifold-mixup compare``: none, input mixup and Manifold Mixup, on the same seeds, weights and batches.
 
-Each run writes a result file into a folder of its own, whose name depends on everything that could change the numbers. A
-run with a result file is not repeated, so an interrupted comparison goes on where it stopped.
+Each run writes a result file into a folder of its own, whose name depends on everything that could change the numbers.
+A run with a result file is not repeated, so an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a command line asks for, found before its parser is built: which classes, and what the data tells the model.
 
-The data module knows ``num_classes`` and the like; links of jsonargparse hand them to the model. jsonargparse wants links
-before it parses, and a link fails if the model's class lacks the argument or if a function makes the network. It also
-overrides what the user has set. So this module reads the command line first, and only the links that fit are made.
+The data module knows ``num_classes`` and the like; links of jsonargparse hand them to the model. These links must be
+made before anything is parsed. They fail if the model's class lacks the argument or if a function makes the network,
+and they override what the user has set. So this module reads the command line first, and only links that fit are made.
 """
 
 from __future__ import annotations
