@@ -40,12 +40,7 @@ class PreActResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        depth: int = 18,
-        num_classes: int = 10,
-        initial_channels: int = 64,
-        in_channels: int = 3,
-        stride: int = 1,
+        self, depth: int = 18, num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
