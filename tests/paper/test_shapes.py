@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lightning_manifold_mixup import ManifoldMixupCallback, eligible_layers
 from lightning_manifold_mixup.paper.data import ShapesDataModule
-from lightning_manifold_mixup.paper.data.shapes import _inside, textured_shapes
+from lightning_manifold_mixup.paper.data.shapes import inside_polygon, textured_shapes
 from lightning_manifold_mixup.paper.models import UNet
 from lightning_manifold_mixup.paper.tasks import SegmentationModule
 from tests.helpers import Draws
@@ -20,7 +20,7 @@ from tests.helpers import trainer as make_trainer
 def test_shapes_have_their_area_and_their_corners(sides: int) -> None:
     row, column = torch.meshgrid(torch.arange(800) + 0.5, torch.arange(800) + 0.5, indexing="ij")
     y, x = row[None] - 400, column[None] - 400
-    inside = _inside(y, x, torch.full((1, 1, 1), 40_000.0), torch.full((1, 1, 1), 0.3), sides)
+    inside = inside_polygon(y, x, torch.full((1, 1, 1), 40_000.0), torch.full((1, 1, 1), 0.3), sides)
     assert inside.sum().item() == pytest.approx(40_000, rel=0.01)
     radius = (y**2 + x**2).sqrt()[inside].max().item()  # of the circle through the corners
     of_area = {

@@ -73,11 +73,11 @@ class TestDataModule:
     def test_splits_are_disjoint_and_the_vocabulary_is_that_of_the_training(self, lines: str) -> None:
         data = TextDataModule(lines, test_size=8, val_size=8, train_size=0.5, seed=3)
         assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [12, 8, 8]
-        indices = [data._indices(split) for split in ("train", "val", "test")]
+        indices = [data.indices(split) for split in ("train", "val", "test")]
         assert len(set().union(*indices)) == 28
+        texts, names = read_labelled_text(lines)
         for part in indices:
-            assert torch.tensor([0, 1, 2])[: data.num_classes].tolist() == sorted({*data._labels(lines)[part].tolist()})
-        texts, _ = read_labelled_text(lines)
+            assert {names[i] for i in part} == set(data.class_names)
         seen = CountVectorizer(token_pattern=r"\S+").fit([texts[i] for i in indices[0]])
         assert data.vocabulary_size == len(seen.vocabulary_) + 2
         assert data.class_names == ("HUM", "LOC", "NUM")

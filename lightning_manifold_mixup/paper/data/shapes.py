@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset, VectorDataset
 
-__all__ = ["ShapesDataModule", "textured_shapes"]
+__all__ = ["ShapesDataModule", "inside_polygon", "textured_shapes"]
 
 _SIDES = (0, 4, 3)
 """Corners of the shape of classes 1, 2 and 3; 0 for a disc."""
@@ -65,14 +65,30 @@ def textured_shapes(
         area, angle = uniform(0.04, 0.2) * size**2, uniform(0, 2 * math.pi)
         inside = torch.zeros_like(masks, dtype=torch.bool)
         for number, sides in enumerate(_SIDES, 1):
-            inside |= (kind == number) & _inside(y, x, area, angle, sides)
+            inside |= (kind == number) & inside_polygon(y, x, area, angle, sides)
         images = torch.where(inside.unsqueeze(1), texture(kind), images)
         masks = torch.where(inside, kind, masks)
     return images + noise * torch.randn(images.shape, generator=generator), masks
 
 
-def _inside(y: Tensor, x: Tensor, area: Tensor, angle: Tensor, sides: int) -> Tensor:
-    """Whether points lie in a regular polygon (in a disc for 0 sides) of this area around the origin."""
+def inside_polygon(y: Tensor, x: Tensor, area: Tensor, angle: Tensor, sides: int) -> Tensor:
+    """Whether points lie in a regular polygon of this area around the origin, or in a disc for 0 sides.
+
+    Args:
+        y: coordinates, of any shape.
+        x: likewise.
+        area: in squared units of the coordinates.
+        angle: of the polygon, in radians.
+        sides: number of sides; 0 for a disc.
+
+    Returns:
+        Booleans of the common shape.
+
+    Example:
+        >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
+        >>> inside_polygon(torch.tensor([0.0, 0.4, 0.6]), torch.zeros(3), area=one, angle=zero, sides=4)
+        tensor([ True,  True, False])
+    """
     if sides == 0:
         return math.pi * (y**2 + x**2) < area
     apothem = (area / (sides * math.tan(math.pi / sides))).sqrt()

@@ -210,7 +210,7 @@ class TextDataModule(ClassificationDataModule):
         """The words of the texts to train on."""
         if self._vocabulary is None:
             texts = self._file(self.train_file)[0]
-            self._vocabulary = Vocabulary([texts[i] for i in self._indices("train")], self.min_count)
+            self._vocabulary = Vocabulary([texts[i] for i in self.indices("train")], self.min_count)
         return self._vocabulary
 
     @property
@@ -225,14 +225,11 @@ class TextDataModule(ClassificationDataModule):
         if split == "test" and self.test_file is not None:
             texts, _ = self._file(self.test_file)
             return self._encoded(texts, self._labels(self.test_file))
-        indices = self._indices(split)
+        indices = self.indices(split)
         texts, _ = self._file(self.train_file)
         return self._encoded([texts[i] for i in indices], self._labels(self.train_file)[indices])
 
-    def _encoded(self, texts: Sequence[str], labels: Tensor) -> TextDataset:
-        return TextDataset([self.vocabulary.encode(text)[: self.max_length] for text in texts], labels)
-
-    def _indices(self, split: Split) -> list[int]:
+    def indices(self, split: Split) -> list[int]:
         """Find the samples of the training file that belong to a split."""
         labels = self._labels(self.train_file)
         rest, test = split_by_class(labels, self.test_size if self.test_file is None else 0, self.generator())
@@ -241,6 +238,9 @@ class TextDataModule(ClassificationDataModule):
         if self.train_size is not None:
             train = train[split_by_class(labels[train], self.train_size, self.generator())[1]]
         return {"train": train, "val": rest[val], "test": test}[split].tolist()
+
+    def _encoded(self, texts: Sequence[str], labels: Tensor) -> TextDataset:
+        return TextDataset([self.vocabulary.encode(text)[: self.max_length] for text in texts], labels)
 
     def _labels(self, path: str) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.class_names)}
