@@ -1,0 +1,73 @@
+"""The order of the package: what may import what."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx
+
+import lightning_manifold_mixup
+
+ROOT = Path(lightning_manifold_mixup.__file__).parent
+PACKAGE = ROOT.name
+FILES = {
+    ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+FLOORS = (
+    {"_step", "layers", "mixing", "partners"},
+    {"callback", "losses"},
+    {"module"},
+    {"semi_supervised"},
+    {PACKAGE},
+    {"evaluation"},
+    {"paper"},
+    {"cli"},
+    {"__main__"},
+)
+"""From the ground up. A file imports from its own floor or from one below; the product ends at the package's face."""
+
+CIRCLES = (
+    # Labels in superposition, and the rules by which torch functions are evaluated on them: each needs the other.
+    {f"{PACKAGE}._step.targets", f"{PACKAGE}._step.operations"},
+    {f"{PACKAGE}._step.hooks", f"{PACKAGE}.mixing"},
+)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def floor(name: str) -> int:
+    part = name.split(".")[1] if "." in name else name
+    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The package's files that a file imports when it is run; imports for type checkers do not run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in FILES)
+        elif isinstance(node, ast.ImportFrom):
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in FILES else node.module for name in names if node.module in FILES)
+        yield from imported(node)
+
+
+def test_files_import_from_below_only():
+    upward = [
+        f"{name} imports {other}"
+        for name, path in FILES.items()
+        for other in imported(parsed(path))
+        if floor(other) > floor(name)
+    ]
+    assert not upward
+
+
+def test_imports_do_not_run_in_circles():
+    graph = networkx.DiGraph([(name, other) for name, path in FILES.items() for other in imported(parsed(path))])
+    circles = [part for part in networkx.strongly_connected_components(graph) if len(part) > 1]
+    assert all(part in CIRCLES for part in circles)
