@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
 from lightning_manifold_mixup._step.batch import tensors
-from lightning_manifold_mixup.layers.flow import value_arguments
+from lightning_manifold_mixup._step.recording import value_arguments
 
 Use = Literal["values", "classes", "both"]
 

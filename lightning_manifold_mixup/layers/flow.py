@@ -11,32 +11,23 @@ tensor. A mixing hook replaces one such object, the layer's output; other object
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
 
-from lightning_manifold_mixup._step.batch import tensors
+from lightning_manifold_mixup._step.recording import Read, Recording, function_name, read_of, version_of
 
 SOURCE = 0
 """The node that stands for the whole input of the network."""
 
 
-class _Read(NamedTuple):
-    """A tensor and its state before an operation read it. The operation may work in place and change this state."""
-
-    tensor: Tensor
-    version: int
-    grad_fn: Any
-    requires_grad: bool
-
-
-class Flow(TorchFunctionMode):
+class Flow(Recording):
     """The record of a forward pass. It changes nothing: every operation gives what it gives without the record.
 
     Attributes:
@@ -100,7 +91,7 @@ class Flow(TorchFunctionMode):
 
     def node(self, tensor: Tensor) -> int | None:
         """Return the node of a tensor, or None if it holds no content."""
-        return self._find(_read(tensor)) if _is_content(tensor) else None
+        return self._find(read_of(tensor)) if _is_content(tensor) else None
 
     def mark(self, tensor: Tensor) -> tuple[Tensor, int] | None:
         """Make a second tensor object of a tensor, with a node of its own.
@@ -123,31 +114,13 @@ class Flow(TorchFunctionMode):
         self._enter(alias, mark)
         return alias, mark
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        # Questions to tensors of a subclass (labels in superposition) must not be recorded as the user's operations.
-        with torch._C.DisableTorchFunctionSubclass():
-            reads = [_read(tensor) for tensor in tensors(value_arguments(name, args, kwargs))]
-        out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            fresh = [t for t in tensors(out) if not any(t is read.tensor for read in reads)]
-            written = [
-                read.tensor
-                for read in reads
-                if _version(read.tensor) != read.version and self._key(read.tensor) not in self._state
-            ]
-            if fresh or written:
-                self._record(reads, [*fresh, *written], self._exchanges_rows(name, args, kwargs))
-        return out
-
-    def _record(self, reads: list[_Read], results: list[Tensor], exchanged: bool) -> None:
+    @override
+    def record(
+        self, func: Any, args: Any, kwargs: Any, reads: Sequence[Read], made: list[Tensor], written: list[Tensor]
+    ) -> None:
+        results = made + [tensor for tensor in written if self._key(tensor) not in self._state]
+        if not results:
+            return
         content: dict[int, None] = {}
         carrying: dict[int, None] = {}
         origins: dict[int, None] = {}
@@ -173,7 +146,7 @@ class Flow(TorchFunctionMode):
             if _is_content(tensor) and (content or looked_up):
                 if node is None:
                     node = self._new(content or origins, weighted=weight >= 2)
-                    self.exchanged[node] = exchanged
+                    self.exchanged[node] = self._exchanges_rows(function_name(func), args, kwargs)
                 self._enter(tensor, node)
             elif content or origins:
                 self._controls[key] = tuple(content | origins)
@@ -215,12 +188,12 @@ class Flow(TorchFunctionMode):
         return len(self.predecessors) - 1
 
     def _enter(self, tensor: Tensor, node: int) -> None:
-        self._nodes[tensor] = node, _version(tensor)
+        self._nodes[tensor] = node, version_of(tensor)
         self._latest[self._key(tensor)] = node
         if tensor.grad_fn is not None:
             self._behind_grad[tensor.grad_fn] = (node,), False
 
-    def _find(self, read: _Read) -> int | None:
+    def _find(self, read: Read) -> int | None:
         tensor, version, grad_fn, _ = read
         key = self._key(tensor)
         node, seen_version = self._nodes.get(tensor, (None, version))
@@ -286,15 +259,6 @@ class Flow(TorchFunctionMode):
         return key
 
 
-def value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Leave out the tensors that an operation asks for their shape or type only."""
-    if name.endswith("_like") or name.startswith("new_"):
-        return ()
-    if name.endswith("_as") or name == "to":
-        return args[:1]
-    return args, kwargs
-
-
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a tensor belongs to a running transform such as ``torch.vmap``: it does not know its own gradient."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -302,11 +266,3 @@ def is_transformed(tensor: Tensor) -> bool:
 
 def _is_content(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _read(tensor: Tensor) -> _Read:
-    return _Read(tensor, _version(tensor), tensor.grad_fn, tensor.requires_grad)
