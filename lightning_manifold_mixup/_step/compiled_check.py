@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.ghost import random_states, same_random_states
-from lightning_manifold_mixup._step.self_check import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
+from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 # Compilers fuse and reorder; a mistake in the mixing is larger.
 _ACCURACY = 1e-3

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.hooks import TargetHook
 from lightning_manifold_mixup._step.names import is_mask
-from lightning_manifold_mixup._step.self_check import Mixes, Outcome, Trials, _Comparison
+from lightning_manifold_mixup._step.self_check import _Comparison
 from lightning_manifold_mixup._step.step import Site
+from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
 

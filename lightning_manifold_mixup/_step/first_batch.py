@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.ghost import Backwards, ghost_of, isolated
+from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated
 from lightning_manifold_mixup._step.step import Call, Site
 from lightning_manifold_mixup._step.targets import Superposition, labelling
 from lightning_manifold_mixup._step.usage import LabelUse
+from lightning_manifold_mixup._step.writes import Writes
 from lightning_manifold_mixup.layers import LayerReport, observe
 from lightning_manifold_mixup.mixing import Mix
 
@@ -27,11 +28,13 @@ class FirstBatch:
         output: what the training step returned.
         report: on the layers; None if the step skipped the batch.
         classes: keys of the float targets that the step reads as classes, with the line that shows it.
+        written: parameters that the step itself writes into; not known of a step that ran for real.
     """
 
     output: Any
     report: LayerReport | None
     classes: dict[Any, str]
+    written: set[nn.Parameter]
 
 
 def watch(
@@ -54,15 +57,12 @@ def watch(
         NoGhostError: if the module cannot be copied, and no step is given.
         MisconfigurationException: for a target that holds classes beside values.
     """
-    places, batch = site.places, call.batch
+    places, batch, root, writes = site.places, call.batch, module, Writes(())
     with ExitStack() as stack:
-        root = module
         if training_step is None:
-            root = ghost_of(module)
-            stack.enter_context(isolated(module))
+            root, batch = ghost_of(module), batch_of_ghosts(batch)
+            writes = stack.enter_context(isolated(module))
             training_step = root.training_step
-            if not module.automatic_optimization:
-                stack.enter_context(Backwards())
         targets = {
             f"{key}/{number}": (key, leaf)
             for key in places.targets
@@ -89,7 +89,7 @@ def watch(
             # The step may be written for labels in superposition (`y.labels`). If not, the error is the user's own.
             superposition = Superposition(mixes[0].lam).to(mixes[0].partners.device)
             stack.callback(superposition.close)
-            superposed = site.mixed(batch, mixes, mixes, "superposed", superposition)
+            superposed = site.mixed(batch_of_ghosts(call.batch), mixes, mixes, "superposed", superposition)
             labels = [
                 leaf
                 for value in places.targets_of(superposed)
@@ -108,4 +108,4 @@ def watch(
             )
         if verdict == "classes":
             classes[key] = use.evidence(name)
-    return FirstBatch(output, report, classes)
+    return FirstBatch(output, report, classes, writes.found)

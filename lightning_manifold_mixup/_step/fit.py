@@ -19,16 +19,16 @@ from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.compiled_check import Eager, eager_step
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.first_batch import watch
-from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, set_random_states
+from lightning_manifold_mixup._step.ghost import NoGhostError, batch_of_ghosts, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.randomness import Stream
 from lightning_manifold_mixup._step.reads import Answers
-from lightning_manifold_mixup._step.self_check import Mixes, Trials
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
 from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
+from lightning_manifold_mixup._step.trials import Mixes, Trials
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers
 from lightning_manifold_mixup.mixing import Mix
 
@@ -104,6 +104,8 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers(lenient=False)
+        self._written: set[nn.Parameter] = set()  # by the training step itself
+        self._writes_batch = False
         self._parts = [part for part in module.modules() if _reads_mode(part.__class__)]
         self._stack = ExitStack()
         plain_metrics(module, self._stack)
@@ -141,6 +143,7 @@ class Fit:
             mixes,
             self._hooks.get(layer) if layer else None,
             Superposition(mixes[0].lam, mixes[0]._number).to(device),
+            self._written,
         )
         self.call_settles = layer is None
         for hook in self._target_hooks:
@@ -196,6 +199,8 @@ class Fit:
     def _evaluated(self, training_step: Callable[..., Any], step: Step, call: Call) -> Any:
         able = self.module.automatic_optimization and not step.superposition.lam.ndim
         passes = self.proof.passes_at(step.site.layer) if able else self.proof.passes or 1
+        if self._writes_batch:  # the batch may be asked for again
+            call = call.on(batch_of_ghosts(call.batch))
         step.reader = self._answers = Answers(lenient=self.options.passes == 1 or self.proof.reads > 0)
         if self.options.clean_weight:
             return step.beside_clean(training_step, call, self.options.clean_weight, passes)
@@ -262,6 +267,9 @@ class Fit:
         trials = Trials(self.module, call) if min(sizes) > 1 else None
         sites = [self._site(layer, places) for layer in layers]
         self.proof.check(trials, sites, permutations, draws, self._mixed, again)
+        if trials is not None:
+            self._written |= trials.written
+            self._writes_batch |= trials.writes_batch
         self.plan.passes = self.proof.passes
         if trials is not None and trials.superposed:
             self._hook_criteria(sorted(trials.fired))
@@ -289,6 +297,7 @@ class Fit:
         for key, line in seen.classes.items():
             rank_zero_info(f"Manifold Mixup: the float target at {key!r} is treated as classes ({line}).")
         self._settled = _Settled(classes=frozenset(seen.classes))
+        self._written |= seen.written
         self._settle_layers(seen.report)
         step.site = self._site(step.site.layer, places)
         return real

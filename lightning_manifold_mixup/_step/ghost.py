@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,19 +29,23 @@ from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, eager
 from lightning_manifold_mixup._step.rebinding import rebind
+from lightning_manifold_mixup._step.targets import plain
+from lightning_manifold_mixup._step.writes import Writes
 
 
 class NoGhostError(Exception):
     """A module cannot be copied; the message says why."""
 
 
-def ghost_of(module: nn.Module) -> Any:
+def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
     """A copy that shares the parameters of ``module``, and nothing else.
 
     Args:
         module: a LightningModule, or a part of one. Tensors kept on it that are results of a computation are copied
             without their graph; trainers, data modules, callbacks and locks are shared; files that are written to
             are replaced by nothing.
+        own: parameters that the ghost is to have copies of, because its step writes into them. Their gradients still
+            arrive at the originals.
 
     Raises:
         NoGhostError: if something on the module cannot be copied.
@@ -53,6 +57,7 @@ def ghost_of(module: nn.Module) -> Any:
         (True, False)
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    memo |= {id(p): p.clone() if p.requires_grad else nn.Parameter(p.clone(), requires_grad=False) for p in own}
     trainer = getattr(module, "_trainer", None)
     if trainer is not None:
         memo[id(trainer)] = _trainer_of_ghosts(trainer)
@@ -83,6 +88,19 @@ def ghost_of(module: nn.Module) -> Any:
             vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without
             _disarm(part)
     return ghost
+
+
+def batch_of_ghosts(batch: Any) -> Any:
+    """A copy of a batch, for a step that may write into it, or take parts out of it.
+
+    Raises:
+        NoGhostError: if something in the batch cannot be copied.
+    """
+    try:
+        with _copyable():
+            return copy.deepcopy(batch)
+    except Exception as error:
+        raise NoGhostError(f"the batch cannot be copied ({type(error).__name__}: {error})") from error
 
 
 def _trainer_of_ghosts(trainer: Any) -> Any:
@@ -121,9 +139,6 @@ class _Disarmed:
         closure = next((arg for arg in args if callable(arg)), closure)
         return closure() if closure else None
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """The gradients are the module's."""
-
     def __getattr__(self, name: str) -> Any:
         if name == "_real":
             raise AttributeError(name)
@@ -131,30 +146,31 @@ class _Disarmed:
 
 
 class Backwards(TorchFunctionMode):
-    """Notes the losses of backward passes, and runs none.
+    """Notes the losses of a step's own backward passes, which run: the step may read gradients after them.
 
-    Attributes:
-        losses: in the order of the passes.
+    Args:
+        note: called with each loss before its backward pass, as a plain tensor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.losses: list[Tensor] = []
+        self._note = note
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
-            self.losses.append(args[0])
-            return None
+            loss = plain(args[0])
+            self._note(loss)
+            return func(loss, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
+def isolated(module: nn.Module) -> Iterator[Writes]:
     """What runs inside, on a ghost of ``module``, leaves no trace outside of the ghost.
 
-    Random numbers, gradients and the flags of parameters are as they were afterwards; nothing is printed, and
-    ``breakpoint()`` does not stop.
+    Parameters, their gradients and flags, and random numbers are as they were afterwards; nothing is printed, and
+    ``breakpoint()`` does not stop. Tells which parameters were written into.
     """
     parameters = list(module.parameters())
     before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
@@ -170,7 +186,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if compiled_parts(module):
                 stack.enter_context(eager())
-            yield
+            yield stack.enter_context(Writes(parameters))
     finally:
         sys.breakpointhook = hook
         for parameter, gradient, flag in before:

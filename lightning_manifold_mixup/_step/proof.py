@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_manifold_mixup._step.diagnosis import explain
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
-from lightning_manifold_mixup._step.self_check import UNUSED, Mixes, Outcome, Trials, Verdict, pair, swap
+from lightning_manifold_mixup._step.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
+from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 Passes = Literal["auto", 1, 2]
 # New structures after which a layer is checked again, in one fit: a step that is built anew each time costs no more.

@@ -11,33 +11,17 @@ changed. Neither has a verdict where it has no power, that is, where a mistake w
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
-from lightning_manifold_mixup._step.ghost import (
-    Backwards,
-    ghost_of,
-    isolated,
-    random_states,
-    same_random_states,
-)
+from lightning_manifold_mixup._step.ghost import same_random_states
 from lightning_manifold_mixup._step.reads import Reads
-from lightning_manifold_mixup._step.step import Call, How, Site, loss_of
-from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
-from lightning_manifold_mixup.mixing import Mix
+from lightning_manifold_mixup._step.step import Site
+from lightning_manifold_mixup._step.targets import MixingError
+from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
-# How many modules before the loss have their gradients compared: heads.
-_HEADS = 3
 # A finding of the pair oracle: no loss has seen the labels.
 UNUSED = "no loss with a gradient used the labels"
 
@@ -51,162 +35,12 @@ class Verdict(Enum):
     UNDECIDED = "undecided"  # the step gives no answer that could be compared
 
 
-Mixes = tuple[Mix, ...]
-
-
 @dataclass(frozen=True)
 class Finding:
     """A verdict, and in a few words why."""
 
     verdict: Verdict
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one run of the step gave.
-
-    Attributes:
-        loss: float64, 0-d; the sum of all losses under manual optimization. None if the step skipped the batch.
-        gradient: of the loss by the parameters of the last modules, as one vector.
-        precision: the relative accuracy of the loss.
-        random: the states of the random generators at the end.
-        used: whether the loss has used the labels in superposition.
-        inspected: whether the step knows of the superposition, and has asked for one of the labellings.
-        beside: the gradient by one more parameter, where it was asked for.
-    """
-
-    loss: Tensor | None
-    gradient: Tensor
-    precision: float
-    random: Any
-    used: bool = True
-    inspected: bool = False
-    beside: Tensor | None = None
-
-
-@dataclass
-class Trials:
-    """Runs the user's training step on ghosts, under chosen conditions.
-
-    Attributes:
-        module: the LightningModule, which stays as it is.
-        call: what its training step was called with.
-        unfit: names of modules that were taken for criteria, and are none.
-        fired: names of the criteria, modules that were handed labels in superposition.
-        superposed: whether any run had labels in superposition.
-    """
-
-    module: Any
-    call: Call
-    unfit: set[str] = field(default_factory=set)
-    fired: set[str] = field(default_factory=set)
-    superposed: bool = False
-
-    def run(
-        self,
-        site: Site | None = None,
-        *,
-        states: Mixes = (),
-        labels: Mixes = (),
-        how: How = "labels",
-        train: bool = True,
-        also: Iterable[Any] = (),
-        around: Callable[[nn.Module, ExitStack], None] | None = None,
-        reader: Reader | None = None,
-        seed: int | None = None,
-        beside: nn.Parameter | None = None,
-    ) -> Outcome:
-        """The user's step on a ghost.
-
-        Args:
-            site: where states are mixed; None leaves the batch as it is.
-            states: how they are mixed, for each group of samples; none leaves them as they are.
-            labels: how the targets are.
-            how: integer labels; see :meth:`Site.mixed`.
-            train: in training mode, or in eval mode without autocast.
-            also: keys of further parts of the batch, which are permuted like the labels.
-            around: called with the ghost, to hook it.
-            reader: of host reads; see :class:`Superposition`.
-            seed: of the random numbers; None goes on with those of the module.
-            beside: one more parameter to take the gradient by.
-        """
-        ghost = ghost_of(self.module)
-        batch, superposition = self.call.batch, None
-        if not train:
-            ghost.eval()
-        with ExitStack() as stack:
-            stack.enter_context(isolated(self.module))
-            if not train:
-                stack.enter_context(torch.autocast(self._device, enabled=False))
-            if seed is not None:
-                _seed_all(seed)
-            plain_metrics(ghost, stack)
-            if site is not None:
-                if labels and how == "superposed":
-                    superposition = Superposition(labels[0].lam).to(labels[0].partners.device)
-                    superposition.reader = reader
-                    stack.callback(superposition.close)
-                batch = site.mixed(batch, states, labels, how, superposition, permuted=not train)
-                for key in also:
-                    batch = batches.replaced(batch, key, batches.get(batch, key)[labels[0].partners])
-                if states:
-                    site.hook(ghost, states, stack, in_eval=not train)
-            hooks = criterion_hooks(ghost, without=self.unfit)
-            heads = _Heads(ghost, stack)
-            if around is not None:
-                around(ghost, stack)
-            backwards = stack.enter_context(Backwards()) if not ghost.automatic_optimization else None
-            output = self.call.of(ghost.training_step, batch)
-            states_after = random_states(self.module.parameters())
-            losses = [loss_of(output)] if backwards is None else [plain(loss) for loss in backwards.losses]
-            used = superposition is None or superposition.used or not superposition.holds_labels
-            outcome = heads.outcome([plain(loss) for loss in losses if loss is not None], states_after, used, beside)
-            if superposition is not None and superposition.inspected:
-                outcome = replace(outcome, inspected=True)
-        self.superposed |= superposition is not None and superposition.holds_labels
-        self.unfit |= {name for name, hook in hooks.items() if hook.unfit}
-        self.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
-        return outcome
-
-    @property
-    def _device(self) -> str:
-        return str(self.module.device.type)
-
-
-class _Heads:
-    """The last modules with parameters that a forward pass calls: the gradients that tell of the loss alone."""
-
-    def __init__(self, ghost: nn.Module, stack: ExitStack) -> None:
-        self._called: dict[nn.Module, None] = {}
-        self._ghost = ghost
-        for module in ghost.modules():
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-                stack.callback(module.register_forward_hook(self._note).remove)
-
-    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._called.pop(module, None)
-        self._called[module] = None
-
-    def outcome(self, losses: list[Tensor], random: Any, used: bool, beside: nn.Parameter | None) -> Outcome:
-        """What the run gave."""
-        if not losses:
-            return Outcome(None, torch.zeros(0), 0.0, random)
-        loss = torch.stack([loss.double().sum() for loss in losses]).sum()
-        modules = list(self._called)[-_HEADS:] or [self._ghost]
-        parameters = [p for m in modules for p in m.parameters(recurse=m is self._ghost) if p.requires_grad]
-        gradient = torch.zeros(1, dtype=torch.float64)
-        more = None
-        if loss.requires_grad and beside is not None:
-            (more,) = torch.autograd.grad(loss, [beside], allow_unused=True, retain_graph=True)
-        if loss.requires_grad and parameters:
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradient = torch.cat([g.detach().double().flatten() for g in found if g is not None] or [gradient])
-        dtypes = {loss.dtype for loss in losses} | {parameter.dtype for parameter in parameters}
-        if torch.is_autocast_enabled(loss.device.type):
-            dtypes.add(torch.get_autocast_dtype(loss.device.type))
-        precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        return Outcome(loss.detach(), gradient.to(loss.device), precision, random, used, beside=more)
 
 
 class _Comparison:
@@ -334,12 +168,6 @@ def _compared(got: Outcome, wanted: Outcome, labels: Outcome, partners: Outcome)
     if not power:
         return Finding(Verdict.NO_POWER, "" if got.used else UNUSED)
     return Finding(Verdict.PASSED)
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
 
 
 def _first_line(error: Exception) -> str:

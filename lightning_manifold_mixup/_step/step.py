@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import plain_metrics
-from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
 from lightning_manifold_mixup._step.names import marks_padding
 from lightning_manifold_mixup._step.switches import input_mixed
@@ -46,11 +46,16 @@ class Call:
         """The batch among them."""
         return self.kwargs["batch"] if "batch" in self.kwargs else self.args[0]
 
+    def on(self, batch: Any) -> Call:
+        """The same call with another batch."""
+        if "batch" in self.kwargs:
+            return Call(self.args, {**self.kwargs, "batch": batch})
+        return Call((batch, *self.args[1:]), self.kwargs)
+
     def of(self, training_step: Callable[..., Any], batch: Any) -> Any:
         """Calls a training step with another batch."""
-        if "batch" in self.kwargs:
-            return training_step(*self.args, **{**self.kwargs, "batch": batch})
-        return training_step(batch, *self.args[1:], **self.kwargs)
+        call = self.on(batch)
+        return training_step(*call.args, **call.kwargs)
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,7 @@ class Step:
         mixes: the draw of each group of samples, on the batch's device; one unless there are several data loaders.
         hook: the hook at layer k of ``module``, or None if k is the input.
         superposition: of the labels.
+        written: parameters that the step itself writes into; a ghost that is trained on has copies of them.
     """
 
     def __init__(
@@ -208,9 +214,10 @@ class Step:
         mixes: tuple[Mix, ...],
         hook: MixingHook | None,
         superposition: Superposition,
+        written: Collection[nn.Parameter] = (),
     ) -> None:
         self.module, self.site, self.mixes, self.hook = module, site, mixes, hook
-        self.superposition = superposition
+        self.superposition, self.written = superposition, written
         self.reader: Reader | None = None
         self._mixing = hook  # or the hook of the ghost that is mixed in the module's place
 
@@ -245,13 +252,14 @@ class Step:
                 "its loss has been summed up without their lam. Draw one lam for the batch, or take the loss of each "
                 "sample (`reduction='none'`)."
             )
-        ghost = ghost_of(self.module)
+        ghost, second_call = ghost_of(self.module, self.written), call.on(batch_of_ghosts(call.batch))
         states = random_states(self.module.parameters())
         first = self._pass(training_step, call, "dominant", hook)
         after = random_states(self.module.parameters())
         set_random_states(states)  # the same dropout in both passes: one state, two labellings
         # Hooked for good: activation checkpoints run it again in backward.
-        second = self._pass(ghost.training_step, call, "other", self.site.hook(ghost, self.mixes, ExitStack()))
+        hook = self.site.hook(ghost, self.mixes, ExitStack())
+        second = self._pass(ghost.training_step, second_call, "other", hook)
         set_random_states(after)
         loss, other = loss_of(first), loss_of(second)
         if loss is None or other is None:
@@ -269,14 +277,14 @@ class Step:
 
     def beside_clean(self, training_step: Callable[..., Any], call: Call, weight: float, passes: int) -> Any:
         """RegMixup (Pinto et al. 2022): the loss of the mixed batch on a ghost, plus ``weight`` times the clean one."""
-        ghost = ghost_of(self.module)
+        ghost, mixed_call = ghost_of(self.module, self.written), call.on(batch_of_ghosts(call.batch))
         states = random_states(self.module.parameters())
         clean = call.of(training_step, call.batch)
         after = random_states(self.module.parameters())
         set_random_states(states)
         plain_metrics(ghost, ExitStack())
         self._mixing = hook = self.site.hook(ghost, self.mixes, ExitStack())
-        mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, call, hook)
+        mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, mixed_call, hook)
         set_random_states(after)
         loss, other = loss_of(clean), loss_of(mixed)
         if loss is None or other is None:

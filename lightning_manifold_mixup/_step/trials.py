@@ -1,0 +1,193 @@
+"""Runs of the user's training step on ghosts, under conditions that the oracles choose, and what came out of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
+from lightning_manifold_mixup._step.ghost import Backwards, batch_of_ghosts, ghost_of, isolated, random_states
+from lightning_manifold_mixup._step.step import Call, How, Site, loss_of
+from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
+from lightning_manifold_mixup.mixing import Mix
+
+# How many modules before the loss have their gradients compared: heads.
+_HEADS = 3
+Mixes = tuple[Mix, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the step gave.
+
+    Attributes:
+        loss: float64, 0-d; the sum of all losses under manual optimization. None if the step skipped the batch.
+        gradient: of the loss by the parameters of the last modules, as one vector.
+        precision: the relative accuracy of the loss.
+        random: the states of the random generators at the end.
+        used: whether the loss has used the labels in superposition.
+        inspected: whether the step knows of the superposition, and has asked for one of the labellings.
+        beside: the gradient by one more parameter, where it was asked for.
+    """
+
+    loss: Tensor | None
+    gradient: Tensor
+    precision: float
+    random: Any
+    used: bool = True
+    inspected: bool = False
+    beside: Tensor | None = None
+
+
+@dataclass
+class Trials:
+    """Runs the user's training step on ghosts, under chosen conditions.
+
+    Attributes:
+        module: the LightningModule, which stays as it is.
+        call: what its training step was called with.
+        unfit: names of modules that were taken for criteria, and are none.
+        fired: names of the criteria, modules that were handed labels in superposition.
+        superposed: whether any run had labels in superposition.
+        written: parameters that the step itself writes into.
+        writes_batch: whether the step writes into tensors of its batch.
+    """
+
+    module: Any
+    call: Call
+    unfit: set[str] = field(default_factory=set)
+    fired: set[str] = field(default_factory=set)
+    superposed: bool = False
+    written: set[nn.Parameter] = field(default_factory=set)
+    writes_batch: bool = False
+
+    def run(
+        self,
+        site: Site | None = None,
+        *,
+        states: Mixes = (),
+        labels: Mixes = (),
+        how: How = "labels",
+        train: bool = True,
+        also: Iterable[Any] = (),
+        around: Callable[[nn.Module, ExitStack], None] | None = None,
+        reader: Reader | None = None,
+        seed: int | None = None,
+        beside: nn.Parameter | None = None,
+    ) -> Outcome:
+        """The user's step on a ghost.
+
+        Args:
+            site: where states are mixed; None leaves the batch as it is.
+            states: how they are mixed, for each group of samples; none leaves them as they are.
+            labels: how the targets are.
+            how: integer labels; see :meth:`Site.mixed`.
+            train: in training mode, or in eval mode without autocast.
+            also: keys of further parts of the batch, which are permuted like the labels.
+            around: called with the ghost, to hook it.
+            reader: of host reads; see :class:`Superposition`.
+            seed: of the random numbers; None goes on with those of the module.
+            beside: one more parameter to take the gradient by.
+        """
+        ghost, superposition = ghost_of(self.module), None
+        batch = batch_of_ghosts(self.call.batch)
+        untouched = [(tensor, tensor._version) for tensor in batches.tensors(batch)]
+        if not train:
+            ghost.eval()
+        with ExitStack() as stack:
+            writes = stack.enter_context(isolated(self.module))
+            if not train:
+                stack.enter_context(torch.autocast(self._device, enabled=False))
+            if seed is not None:
+                _seed_all(seed)
+            plain_metrics(ghost, stack)
+            if site is not None:
+                if labels and how == "superposed":
+                    superposition = Superposition(labels[0].lam).to(labels[0].partners.device)
+                    superposition.reader = reader
+                    stack.callback(superposition.close)
+                batch = site.mixed(batch, states, labels, how, superposition, permuted=not train)
+                for key in also:
+                    batch = batches.replaced(batch, key, batches.get(batch, key)[labels[0].partners])
+                if states:
+                    site.hook(ghost, states, stack, in_eval=not train)
+            hooks = criterion_hooks(ghost, without=self.unfit)
+            heads = _Heads(ghost, stack)
+            if around is not None:
+                around(ghost, stack)
+            if not ghost.automatic_optimization:
+                stack.enter_context(Backwards(heads.note_loss))
+            output = self.call.of(ghost.training_step, batch)
+            states_after = random_states(self.module.parameters())
+            if ghost.automatic_optimization and (loss := loss_of(output)) is not None:
+                heads.note_loss(plain(loss), beside)
+            used = superposition is None or superposition.used or not superposition.holds_labels
+            outcome = heads.outcome(states_after, used)
+            if superposition is not None and superposition.inspected:
+                outcome = replace(outcome, inspected=True)
+        self.written |= writes.found
+        self.writes_batch |= any(tensor._version != version for tensor, version in untouched)
+        self.superposed |= superposition is not None and superposition.holds_labels
+        self.unfit |= {name for name, hook in hooks.items() if hook.unfit}
+        self.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
+        return outcome
+
+    @property
+    def _device(self) -> str:
+        return str(self.module.device.type)
+
+
+class _Heads:
+    """The last modules with parameters that a forward pass calls: the gradients that tell of the loss alone."""
+
+    def __init__(self, ghost: nn.Module, stack: ExitStack) -> None:
+        self._called: dict[nn.Module, None] = {}
+        self._ghost = ghost
+        self._losses: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._dtypes: set[torch.dtype] = set()
+        self._beside: Tensor | None = None
+        for module in ghost.modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_hook(self._note).remove)
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._called.pop(module, None)
+        self._called[module] = None
+
+    def note_loss(self, loss: Tensor, beside: nn.Parameter | None = None) -> None:
+        """Takes a loss and its gradients, before its graph goes or its parameters change."""
+        modules = list(self._called)[-_HEADS:] or [self._ghost]
+        parameters = [p for m in modules for p in m.parameters(recurse=m is self._ghost) if p.requires_grad]
+        if loss.requires_grad:
+            wanted = [*parameters, *([] if beside is None else [beside])]
+            found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True, retain_graph=True) if wanted else ()
+            self._beside = found[-1] if beside is not None else None
+            self._gradients += [g.detach().double().flatten() for g in found[: len(parameters)] if g is not None]
+        self._dtypes |= {loss.dtype, *(parameter.dtype for parameter in parameters)}
+        if torch.is_autocast_enabled(loss.device.type):
+            self._dtypes.add(torch.get_autocast_dtype(loss.device.type))
+        self._losses.append(loss.detach().double().sum())
+
+    def outcome(self, random: Any, used: bool) -> Outcome:
+        """What the run gave."""
+        if not self._losses:
+            return Outcome(None, torch.zeros(0), 0.0, random)
+        loss = torch.stack(self._losses).sum()
+        gradient = torch.cat(self._gradients or [torch.zeros(1, dtype=torch.float64, device=loss.device)])
+        precision = max(torch.finfo(dtype).eps for dtype in self._dtypes)
+        return Outcome(loss, gradient, precision, random, used, beside=self._beside)
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
