@@ -83,6 +83,31 @@ def test_mask():
     assert "mask_key=['loss_mask']" in message
 
 
+def test_lengths():
+    length = torch.randint(1, 7, (16,))
+    module = Base(lambda m, b: ce(m, b) + (m.model(b["x"])[:, 0] * b["length"]).mean())
+    message = refusal(module, batches(length=length), target_key="label")
+    assert "The loss also reads batch['length']" in message
+    assert "the length of the samples, of which a mixed one needs the larger, `mask_key=['length']`" in message
+
+
+def test_a_label_inside_the_input():
+    x, y = data(16)
+    module = Base(lambda m, b: F.cross_entropy(m.model(b[0][0]), b[0][1]))
+    message = refusal(module, DataLoader([((x[i], y[i]), i) for i in range(16)], N))
+    assert "The loss also reads batch['0.1']" in message
+
+
+@pytest.mark.parametrize("layers", ["auto", ["input"]])
+def test_labels_that_no_loss_uses(layers):
+    """Also with layers="auto": the first batch is not mixed, and must not be trained on."""
+    module = Base(lambda m, b: m.model(b["x"]).pow(2).mean())
+    before = weights_of(module)
+    with pytest.raises(MixingError, match=r"no loss with a gradient used the labels.*Set `target_key`.*No weight has"):
+        trainer(ManifoldMixupCallback(layers=layers)).fit(module, batches())
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(module).items())
+
+
 def test_two_parts_at_once():
     first, second = torch.rand(16, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
     module = Base(lambda m, b: (ce(m, b, reduction="none") * b["first"] * b["second"]).mean())

@@ -43,6 +43,16 @@ def graph():
         ({"x": X, "y": {"a": Y, "b": F}}, ("x",), ("y",)),
         (({"input_ids": IDS, "attention_mask": IDS}, {"labels": Y}), (0,), (1,)),
         (((IMAGE, V), (F, Y)), (0,), (1,)),
+        ({"image": X, "gt": Y, "id": Z, "path": ["a"] * N}, ("image",), ("gt",)),
+        ({"image": X, "class_id": Y}, ("image",), ("class_id",)),
+        ({"image": X, "category_idx": Y, "index": Z}, ("image",), ("category_idx",)),
+        ({"image": IMAGE, "mask_labels": MASK}, ("image",), ("mask_labels",)),
+        ({"image": IMAGE, "mask": MASK, "valid_mask": MASK > 0}, ("image",), ("mask",)),
+        ({"input_ids": IDS, "token_type_ids": IDS, "attention_mask": IDS, "intent": Y}, ("input_ids",), ("intent",)),
+        ({"input_ids": IDS, "labels": IDS, "decoder_input_ids": IDS}, ("input_ids",), ("labels", "decoder_input_ids")),
+        ((X, Y, ["a.png"] * N), (0,), (1,)),
+        ((X, Y, {"id": Z}), (0,), (1,)),
+        ([[X[:2], X, X, X[1:]], Y], (0,), (1,)),
         (Batch.from_data_list([graph() for _ in range(N)]), ("x",), ("y",)),
     ],
     ids=lambda value: None,
@@ -66,6 +76,11 @@ def test_found_by_itself(batch, inputs, targets):
         ({"x": X, "mask": IDS}, r"none is known.*\(here maybe 'mask'\)"),
         ({"x": X, "lengths": Y}, "none is known"),
         ({"x": X, "sample_weight": F}, "none is known"),
+        ({"image": X, "intent_id": Y}, r"none is known.*\(here maybe 'intent_id'\)"),
+        ((Z, (X, Y)), r"such a pair at 1, beside int64 tensor \(4,\). Set `input_key='1.0', target_key='1.1'`"),
+        (((X, Y), ["a"] * N), "Set `input_key='0.0', target_key='0.1'`"),
+        ({"l": (X, Y), "u": torch.randn(9, 3)}, "Set `input_key='l.0', target_key='l.1'`."),
+        (X, "got one tensor. The target is the network's input as well"),
         ((Y, IMAGE), r"the two may be swapped. Set `input_key=1, target_key=0` if they are"),
         ([X], "got one tensor. The target is the network's input as well"),
         ([[X, Y], [V, Z]], r"several dataloaders.*input_key=\['0.0', '1.0'\], target_key=\['0.1', '1.1'\]"),
@@ -141,6 +156,11 @@ def test_other_floats_may_be_inputs():
     assert Keys(target_key=["label", "meta"]).locate(batch).require_inputs() == ["image"]
 
 
+def test_numbers_of_samples_are_no_input():
+    assert Keys(target_key=1).locate((X, Y, F)).inputs == (0,)
+    assert Keys(target_key=2).locate((Z, X, Y)).inputs == (1,)
+
+
 def test_inputs_are_asked_for_lazily():
     places = Keys(target_key=2).locate((IDS, V, Y))
     assert places.inputs == ()
@@ -197,6 +217,7 @@ def test_attention_masks():
     assert Keys().locate(({"input_ids": IDS, "attention_mask": IDS}, Y)).masks == ("0.attention_mask",)
     assert Keys(mask_key="pad").locate({"x": X, "pad": IDS, "label": Y}).masks == ("pad",)
     assert attention_masks({"attention_mask": IDS[:2]}, N) == []
+    assert attention_masks({"pixel_mask": MASK, "decoder_attention_mask": IDS, "loss_mask": IDS}, N) == ["pixel_mask"]
     assert marks_padding("key_padding_mask")
     assert not marks_padding("attention_mask")
 

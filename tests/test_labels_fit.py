@@ -19,6 +19,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(N, 5, generator=GENERATOR, dtype=torch.float64)
 Y, OTHER = torch.tensor([0, 1, 2, 3, 1, 0]), torch.tensor([3, 0, 1, 1, 2, 2])
 UNKNOWN = torch.tensor([[1.0, 0, -1, 1], [0, -1, 1, 0], [1, 1, 0, -1]] * 2, dtype=torch.float64)
+WEIGHTS, VALUES = torch.rand(N, dtype=torch.float64) + 0.1, torch.randn(N, C, dtype=torch.float64)
 
 
 @tensorclass
@@ -131,6 +132,18 @@ CASES = {
     ),
     "indices as floats": (
         Step(lambda z, b: F.cross_entropy(z, b[1].long())), (X, Y.double()), lambda b, p: (X, Y[p].double()), {},
+    ),
+    "weights": (
+        Step(lambda z, b: (F.cross_entropy(z, b[1], reduction="none") * b[2]).sum() / b[2].sum()),
+        (X, Y, WEIGHTS),
+        lambda b, p: (X, Y[p], WEIGHTS[p]),
+        {"target_key": [1, 2]},
+    ),
+    "values that are not everywhere": (
+        Step(lambda z, b: F.l1_loss(z[b[2]], b[1][b[2]])),
+        (X, VALUES, UNKNOWN > 0),
+        lambda b, p: (X, VALUES[p], UNKNOWN[p] > 0),
+        {"target_key": [1, 2]},
     ),
     "unknown labels": (Step(of_y(known)), (X, UNKNOWN), lambda b, p: (X, UNKNOWN[p]), {}),
     "threshold": (

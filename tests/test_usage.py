@@ -155,6 +155,23 @@ MIXED_STEPS = {
 }  # fmt: skip
 
 
+JOINT_STEPS = {
+    "weights": (LABELS, VALUES, lambda z, y, w: (F.cross_entropy(z, y, reduction="none") * w).sum() / w.sum()),
+    "weight argument": (BINARY, VALUES, lambda z, y, w: F.binary_cross_entropy(z[:, 0].sigmoid(), y, weight=w.abs())),
+    "weighted one-hot": (LABELS, VALUES, lambda z, y, w: -(F.one_hot(y, C) * w[:, None] * z.log_softmax(1)).sum()),
+    "event": (LABELS, BINARY, lambda z, time, event: -(event * z.log_softmax(1).gather(1, time[:, None])[:, 0]).mean()),
+    "value of a class": (LABELS, VALUES, lambda z, y, v: F.mse_loss(z.gather(1, y[:, None])[:, 0], v)),
+    "valid pixels": (LABELS > 1, VALUES, lambda z, valid, depth: F.l1_loss(z[:, 0][valid], depth[valid])),
+    "scale": (VALUES, BINARY + 1, lambda z, y, scale: F.mse_loss(z[:, 0], y / scale)),
+}
+APART_STEPS = {
+    "two losses": (LABELS, VALUES, lambda z, y, v: F.cross_entropy(z, y) + F.mse_loss(z[:, 0], v)),
+    "one tensor of two": (BINARY, VALUES, lambda z, a, b: F.mse_loss(z[:, :2], torch.stack([a, b], 1))),
+    "sum": (BINARY, VALUES, lambda z, a, b: F.mse_loss(z[:, 0], a - b)),
+    "metric": (LABELS, VALUES, lambda z, y, v: ((z.argmax(1) == y) * v, F.mse_loss(z[:, 0], v))[1]),
+}
+
+
 def _weights(y):
     weights = torch.ones(N)
     weights[y == 1] = 2.0
@@ -188,6 +205,24 @@ def test_classes_beside_values(step):
     assert use.verdict("y") == "both", use.evidence("y")
     assert "read as classes by" in use.evidence("y")
     assert ", used as values by" in use.evidence("y")
+
+
+@pytest.mark.parametrize("step", JOINT_STEPS)
+def test_targets_that_are_read_together(step):
+    *targets, loss = JOINT_STEPS[step]
+    floats = [key for key, y in zip("ab", targets, strict=True) if y.is_floating_point()]
+    with LabelUse(dict(zip("ab", targets, strict=True))) as use:
+        loss(NET(X), *targets)
+    assert [use.verdict(key) for key in floats] == ["classes"] * len(floats)
+    assert all(use.evidence(key).startswith("read together with another target by `") for key in floats)
+
+
+@pytest.mark.parametrize("step", APART_STEPS)
+def test_targets_that_are_read_apart(step):
+    *targets, loss = APART_STEPS[step]
+    with LabelUse(dict(zip("ab", targets, strict=True))) as use:
+        loss(NET(X), *targets)
+    assert use.verdict("b") == "values"
 
 
 def test_each_target_has_its_own_verdict():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.hooks import TargetHook
-from lightning_manifold_mixup._step.names import is_mask
+from lightning_manifold_mixup._step.names import is_length, is_mask
 from lightning_manifold_mixup._step.self_check import _Comparison
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
@@ -47,9 +47,15 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
         found = others
     if found:
         proposal = [*targets, *found]
-        text = f"The loss also reads {_parts(found)} of the batch. If that is a label, set `target_key={proposal}`"
-        if any(is_mask(key) for key in found):
-            text += f"; if it is a mask that goes with the samples, `mask_key={[*places.masks, *found]}`"
+        text = (
+            f"The loss also reads {_parts(found)} of the batch. If that is a label, or goes with the labels (a weight, "
+            f"say), set `target_key={proposal}`"
+        )
+        if any(is_mask(key) or is_length(key) for key in found):
+            text += (
+                f"; if it is a mask or the length of the samples, of which a mixed one needs the larger, "
+                f"`mask_key={[*places.masks, *found]}`"
+            )
         if site.layer == INPUT:
             text += f"; if it is an input, `input_key={[*places.inputs, *found]}`"
         return text + "."
@@ -83,10 +89,12 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
 
 
 def _others(batch: Any, site: Site, n: int) -> Iterator[Any]:
-    known = {*map(str, site.places.targets), *map(str, site.places.masks), *map(str, site.places.inputs)}
+    known = {*map(str, site.places.targets), *map(str, site.places.masks)}
+    inputs = {*map(str, site.places.inputs)}
     for key, leaf in batches.leaves(batch):
-        inside = any(str(key).startswith(f"{other}.") for other in known)
-        if str(key) not in known and not inside and leaf.ndim and len(leaf) == n:
+        around = known | inputs if leaf.is_floating_point() else known  # a label may be beside the samples of an input
+        inside = any(str(key).startswith(f"{other}.") for other in around)
+        if str(key) not in known | inputs and not inside and leaf.ndim and len(leaf) == n:
             yield key
 
 

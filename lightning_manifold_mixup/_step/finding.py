@@ -40,7 +40,7 @@ def find_target(batch: Any, inputs: Sequence[Key] = ()) -> Key:
         return joined(named)
     if named:
         raise _unclear("target", batch, f"{named} all could be it", [joined([k]) for k in named])
-    if len(keys) == 1 and isinstance(item(batch, keys[0]), Tensor):
+    if isinstance(batch, Tensor) or (len(keys) == 1 and isinstance(item(batch, keys[0]), Tensor)):
         raise ValueError(f"Expected a target in the batch, got one tensor. {target_is_input(batch)}")
     if loaders := _loaders(batch):
         raise ValueError(loaders)
@@ -53,13 +53,25 @@ def find_target(batch: Any, inputs: Sequence[Key] = ()) -> Key:
         )
     given = {str(k).partition(".")[0] for k in inputs}
     others = [k for k in keys if (str(k) in given if given else name_of(str(k)) in INPUTS)]
-    rest = [k for k in keys if k not in others]
+    rest = _telling(batch, [k for k in keys if k not in others])
+    rest = [k for k in rest if not never_a_label(k)] if len(rest) > 1 else rest
     if others and len(rest) == 1 and _may_be_the_target(batch, joined(rest), joined(others[:1])):
         return joined(rest)
-    if len(keys) == 2 and isinstance(batch, Sequence) and not given:
-        _check_order(batch)
-        return joined(keys[1:])
+    pair = _telling(batch, keys)
+    if len(pair) == 2 and isinstance(batch, Sequence) and not given:
+        _check_order([item(batch, k) for k in pair], pair)
+        return joined(pair[1:])
     raise _unclear("target", batch, "none is known to be it", _suggestions(batch, inputs))
+
+
+def beside_labels(batch: Any, target: Key) -> list[Key]:
+    """List what is made of the labels, for a decoder to be given: `decoder_input_ids`, `decoder_attention_mask`."""
+    parent = str(target).rpartition(".")[0]
+    return [
+        key
+        for key, _ in batches.leaves(batch)
+        if key != target and name_of(key).startswith("decoder_") and str(key).rpartition(".")[0] == parent
+    ]
 
 
 def find_input(batch: Any, targets: Sequence[Key] = ()) -> Key:
@@ -86,7 +98,9 @@ def find_input(batch: Any, targets: Sequence[Key] = ()) -> Key:
     if not targets and len(keys) == 2 and isinstance(batch, Sequence):
         return joined(keys[:1])
     left = [k for k in keys if k not in {path[0] for path in paths} and name_of(str(k)) not in TARGETS]
-    left = [k for k in left if not never_a_label(str(k)) and not is_mask(str(k))] if len(left) > 1 else left
+    left = [k for k in _telling(batch, left) if not is_mask(str(k))] if len(left) > 1 else left
+    if len(left) > 1 and isinstance(batch, Sequence):  # one number for each sample is an index or a weight
+        left = [k for k in left if any(t.ndim > 1 for t in batches.tensors(item(batch, k)))]
     if len(left) == 1 and (targets or len(keys) <= 2):
         return joined(left)
     raise _unclear("input", batch, "none is known to be it", [])
@@ -166,7 +180,28 @@ def _suggestions(batch: Any, inputs: Sequence[Key]) -> list[Key]:
         found = [0]
     rows = [len(t) for key in found for t in batches.tensors(batches.get(batch, key)) if t.ndim]
     named = [k for k, _ in batches.leaves(batch) if name_of(k) in TARGETS]
-    return named or (label_candidates(batch, rows[0], found) if rows else [])
+    if named or not rows:
+        return named
+    unnamed = [
+        k for k, leaf in batches.leaves(batch) if tuple(leaf.shape) == (rows[0],) and not leaf.is_floating_point()
+    ]
+    return label_candidates(batch, rows[0], found) or [k for k in unnamed if k not in found]
+
+
+def _telling(batch: Any, keys: Sequence[Any]) -> list[Any]:
+    """List the parts of a batch that hold tensors, and not only identities, lengths or the like.
+
+    A single part is listed, and both of a pair, whatever they are: what is wrong with them is said elsewhere.
+    """
+    parts = {k: item(batch, k) for k in keys}
+    names = {k: [k] if isinstance(v, Tensor) else [key for key, _ in batches.leaves(v)] for k, v in parts.items()}
+    told = [k for k in keys if not all(map(_bookkeeping, names[k]))]
+    pair = len(keys) == 2 and isinstance(batch, Sequence) and len(told) < 2
+    return list(keys) if pair or len(keys) == 1 else told
+
+
+def _bookkeeping(key: Key) -> bool:
+    return never_a_label(key) and not is_mask(key) and name_of(key) not in INPUTS
 
 
 def _may_be_the_target(batch: Any, key: Key, beside: Key) -> bool:
@@ -186,8 +221,16 @@ def _has_only_token_ids(batch: Any) -> bool:
     return any(name_of(k) == "input_ids" for k in keys) and all(never_a_label(k) or is_mask(k) for k in keys)
 
 
-def _check_order(pair: Sequence[Any]) -> None:
+def _check_order(pair: Sequence[Any], keys: Sequence[Any]) -> None:
     first, second = pair
+    for key, part, other in ((keys[1], second, first), (keys[0], first, second)):
+        numbers = isinstance(other, Tensor) and other.ndim == 1 and not other.is_floating_point() and part is second
+        inner = _pair_in(part) if numbers or not any(True for _ in batches.tensors(other)) else None
+        if inner is not None:
+            raise ValueError(
+                f"Expected (input, target) pairs, got such a pair at {key!r}, beside {batches.kind_of(other)}. Set "
+                f"`input_key='{key}.{inner[0]}', target_key='{key}.{inner[1]}'`."
+            )
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return
     if first.ndim <= 1 and not first.is_floating_point() and second.ndim > 1 and second.is_floating_point():
@@ -201,9 +244,13 @@ def _loaders(batch: Any) -> str | None:
     """Say what to set if a batch looks like one of several loaders; None if it does not."""
     keys = children(batch)
     parts = [item(batch, k) for k in keys]
-    if not keys or hasattr(batch, "node_types") or not all(len(children(part)) for part in parts):
+    if not keys or hasattr(batch, "node_types"):
         return None
     found = [(key, part, _pair_in(part)) for key, part in zip(keys, parts, strict=True)]
+    if not all(len(children(part)) for part in parts) and not all(
+        isinstance(batch, Mapping) and (pair is None or _in_rows(part, pair[0])) for _, part, pair in found
+    ):
+        return None  # an image, and labels in a pair
     pairs = [(f"{key}.{pair[0]}", f"{key}.{pair[1]}") for key, _, pair in found if pair is not None]
     other = ""
     if isinstance(batch, Sequence) and len(parts) == 2:
@@ -219,6 +266,11 @@ def _loaders(batch: Any) -> str | None:
         f"(several dataloaders). Set `input_key={inputs!r}, target_key={targets!r}`{own}.{other} "
         f"The batch is:\n{batches.describe(batch)}"
     )
+
+
+def _in_rows(part: Any, key: Key) -> bool:
+    """Whether there are samples rather than labels at a key: floats in two dimensions or more."""
+    return any(t.is_floating_point() and t.ndim > 1 for t in batches.tensors(batches.get(part, key)))
 
 
 def _pair_in(part: Any) -> tuple[Key, Key] | None:

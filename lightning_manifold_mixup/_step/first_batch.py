@@ -72,7 +72,8 @@ def watch(
         samples = [places.samples(batch, group) for group in range(len(places.groups))]
 
         def observed(batch: Any, labels: list[Tensor]) -> tuple[Any, LayerReport | None]:
-            inputs = list(batches.without(batch, [key for key in places.targets if key not in places.shared]))
+            aside = [*places.masks, *(key for key in places.targets if key not in places.shared)]
+            inputs = list(batches.without(batch, aside))
             with observe(root, inputs, labels, batch_size=samples, batch_dim=site.batch_dim) as seen, use:
                 output = call.of(training_step, batch)
             if output is None and module.automatic_optimization:  # the step skips this batch

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.batch import Key
 from lightning_manifold_mixup._step.finding import (
+    beside_labels,
     find_input,
     find_target,
     further_inputs,
@@ -91,7 +92,9 @@ class Keys:
 
         targets = known(self.targets or [], "target")
         inputs = known(self.inputs or [], "input")
-        targets = targets or known([find_target(batch, inputs)], "target")
+        if not targets:
+            found = find_target(batch, inputs)
+            targets = known([found, *beside_labels(batch, found)], "target")
         problem = None
         if not inputs:
             if not has_inputs_beside(batch, targets):
@@ -256,6 +259,8 @@ def _number(batch: Any, targets: Sequence[Key], labels: Sequence[Tensor], dim: i
 def _check_rows(batch: Any, target: Key, n: int, inputs: Sequence[Tensor]) -> None:
     """Refuse targets whose rows are not samples: boxes or labels of all samples, one after the other."""
     first = next((state for state in inputs if state.ndim), None)
+    if len({len(state) for state in inputs if state.ndim}) > 1 and n == len(inputs):  # one tensor for each sample
+        return
     if first is None or n <= len(first) or n in first.shape[:2]:
         return
     if any("edge_index" in str(key) for key, _ in batches.leaves(batch)):  # the targets may be those of edges

@@ -19,10 +19,11 @@ INPUTS = (
     "input_features", "input_ids", "inputs_embeds",
 )  # fmt: skip
 TARGETS = ("target", "targets", "y", "label", "labels")
-ATTENTION_MASKS = ("attention_mask", "attn_mask", "input_mask")
-
 _MASK = re.compile(r"(^|.*_)masks?$|^mask_.*|.*(train|val|test|pad|padding)mask$")
-_LABEL_IDS = re.compile(r"^(labels?|targets?)_(ids?|idx|index)$")
+# What a decoder is given is made from the labels, and so is its mask.
+_ATTENTION_MASK = re.compile(r"^(?!decoder_)((.+_)?(attention|attn)|input|pixel)_mask$")
+_LABEL_IDS = re.compile(r"^(labels?|targets?|class|cls|category)_(ids?|idx|index)$|.*_(labels?|targets?)$")
+_LENGTH = re.compile(r"(^|.*_)(len|lens|length|lengths)$")
 # Beside masks: lengths, identities, indices, weights, and the bookkeeping of graph batches.
 _NO_LABEL = re.compile(
     r"(^|.*_)(len|lens|length|lengths|id|ids|idx|idxs|index|indexes|indices|uid|uuid|weight|weights|pos|ptr|batch|path|"
@@ -42,7 +43,17 @@ def is_mask(key: Key) -> bool:
         >>> is_mask("attention_mask"), is_mask("label")
         (True, False)
     """
-    return _MASK.fullmatch(name_of(key)) is not None
+    return _MASK.fullmatch(name_of(key)) is not None and _LABEL_IDS.fullmatch(name_of(key)) is None
+
+
+def is_length(key: Key) -> bool:
+    """Whether a name is that of lengths of samples: `lengths`, `audio_len`.
+
+    Example:
+        >>> is_length("audio_len"), is_length("label")
+        (True, False)
+    """
+    return _LENGTH.fullmatch(name_of(key)) is not None
 
 
 def marks_padding(key: Key) -> bool:
@@ -92,7 +103,7 @@ def attention_masks(batch: object, n: int) -> list[Key]:
     return [
         key
         for key, leaf in batches.leaves(batch)
-        if name_of(key) in ATTENTION_MASKS and leaf.ndim >= 2 and len(leaf) == n
+        if _ATTENTION_MASK.fullmatch(name_of(key)) and leaf.ndim >= 2 and len(leaf) == n
     ]
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_manifold_mixup._step.diagnosis import explain
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
+from lightning_manifold_mixup._step.padding import all_seen, mask_from_tokens
 from lightning_manifold_mixup._step.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
@@ -168,6 +169,7 @@ class Proof:
         self.passes = 2
 
     def _swaps(self, trials: Trials, sites: Sequence[Site], permutations: Mixes) -> str | None:
+        trials = all_seen(trials, sites[0].places)
         plain_run, train, reason = _plain_run(trials)
         if plain_run is None:
             self._say(f"the swap oracle has no verdict ({reason})")
@@ -179,6 +181,8 @@ class Proof:
             self._verdicts["swap", site.layer] = finding.verdict
             if finding.verdict is Verdict.UNDECIDED:
                 self._say(f"the swap oracle has no verdict ({finding.reason})")
+            elif finding.verdict is Verdict.FAILED and (mask := mask_from_tokens(trials, site, permutations, train)):
+                self._warn(mask)
             elif finding.verdict is Verdict.FAILED:
                 why = explain(trials, site, permutations, plain_run, train)
                 return (
@@ -201,11 +205,11 @@ class Proof:
             self.reads = max(self.reads, reads)
             if finding.reason != UNUSED:
                 self._verdicts["pair", site.layer] = finding.verdict
-            elif not trials.module.automatic_optimization:  # otherwise the step says so itself before the optimizer
+            else:
                 failure = (
                     f"Manifold Mixup: {UNUSED}, which it takes from elsewhere. Set `target_key` (now "
-                    f"{list(site.places.targets)}) to the key of the labels, or to a list of keys. No weight has "
-                    "changed in this step."
+                    f"{list(site.places.targets)}) to the key of the labels, or to a list of keys; where the input is "
+                    "the target, name it in `input_key`, too. No weight has changed in this step."
                 )
                 return failure, None
             if finding.verdict is Verdict.UNDECIDED:
@@ -228,6 +232,11 @@ class Proof:
 
     def _on_all_ranks(self, decision: bool) -> bool:
         return bool(self._trainer.strategy.reduce_boolean_decision(decision, all=True))
+
+    def _warn(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_warn(f"Manifold Mixup: {what}.")
 
     def _say(self, what: str) -> None:
         if what not in self._said:

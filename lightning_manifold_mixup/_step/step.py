@@ -57,6 +57,12 @@ class Call:
         call = self.on(batch)
         return training_step(*call.args, **call.kwargs)
 
+    def with_batch(self, batch: Any) -> Call:
+        """The same call with another batch."""
+        if "batch" in self.kwargs:
+            return Call(self.args, {**self.kwargs, "batch": batch})
+        return Call((batch, *self.args[1:]), self.kwargs)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -101,7 +107,6 @@ class Site:
         labels: tuple[Mix, ...],
         how: How,
         superposition: Superposition | None = None,
-        permuted: bool = False,
     ) -> Any:
         """The batch that a training step is handed; the batch itself stays as it is.
 
@@ -111,8 +116,8 @@ class Site:
             labels: the same for the targets; empty leaves them as they are.
             how: integer labels: both labellings in superposition, or one of them. Floats that are values are mixed.
             superposition: of the labels.
-            permuted: whether attention masks follow the partners. They are the union of both otherwise: what a mixed
-                state holds of a partner must be seen.
+
+        Attention masks become the union of both: what a mixed state holds of a partner must be seen.
         """
         if self.layer == INPUT and inputs:
             self.places.require_inputs()
@@ -130,7 +135,7 @@ class Site:
                 for key in group.masks:
                     mask = self.places.of(batch, key)
                     of_partners = mask[mix.partners.to(mask.device, non_blocking=True)]
-                    values[key] = of_partners if permuted else _union(mask, of_partners, marks_padding(key))
+                    values[key] = union(mask, of_partners, marks_padding(key))
             if self.layer == INPUT and inputs:
                 for key in group.inputs:
                     values[key] = self._input(self.places.of(batch, key), key, inputs[number])
@@ -177,7 +182,7 @@ class Site:
             raise MixingError(f"The input at {key!r} and the target do not hold the same samples. {error}") from None
 
 
-def _union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
+def union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
     """What is seen of a sample or of its partner; ``padding`` says that the masks tell what is not seen."""
     if mask.dtype == torch.bool:
         return mask & of_partners if padding else mask | of_partners

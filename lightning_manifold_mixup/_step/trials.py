@@ -114,7 +114,7 @@ class Trials:
                     superposition = Superposition(labels[0].lam).to(labels[0].partners.device)
                     superposition.reader = reader
                     stack.callback(superposition.close)
-                batch = site.mixed(batch, states, labels, how, superposition, permuted=not train)
+                batch = site.mixed(batch, states, labels, how, superposition)
                 for key in also:
                     batch = batches.replaced(batch, key, batches.get(batch, key)[labels[0].partners])
                 if states:

@@ -2,7 +2,9 @@
 
 A value (a temperature, soft labels) is mixed as a number. A float that the step rounds, compares, or casts to integers
 stands for a class or a flag: the mean of two classes would be a third one. It belongs in superposition, as integer
-labels do. The type does not tell the two apart, so one plain training step is watched.
+labels do. So does a float that the loss reads together with another target (the weight of a sample, the visibility of a
+point, and the point itself): a mixed weight would meet the labels of both samples, and a mixed point would hold a part
+of one that nobody has seen. The type does not tell any of this, so one plain training step is watched.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ _MOVES = {
 _JOINS = {
     "cat", "concat", "concatenate", "stack", "hstack", "vstack",
 }  # fmt: skip
+# What keeps the terms of several targets apart: lam * (a + b) + (1 - lam) * (c + d) is the sum of the mixed ones.
+_SUMS = _JOINS | {
+    "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "subtract", "rsub", "__sub__", "__rsub__",
+    "__isub__",
+}  # fmt: skip
 # What finds an order or whole numbers, and returns floats.
 _DISCRETE = {
     "sort", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "unique", "round", "floor", "ceil",
@@ -48,6 +55,8 @@ _FLAGS = {
     "cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss",
 }  # fmt: skip
 
+_LINE = 100
+"""Characters of a line of code that a message shows."""
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
@@ -65,6 +74,18 @@ class _Label(NamedTuple):
     line: str
 
 
+class _Origin(NamedTuple):
+    """Which targets a tensor was computed from, whatever else it was computed from.
+
+    Attributes:
+        keys: Their keys.
+        joint: Those among them that an operation has read together, and the line where it did.
+    """
+
+    keys: frozenset[str]
+    joint: Mapping[str, str]
+
+
 @dataclass
 class _Target:
     """The numbers of a target's columns, and what was seen of them."""
@@ -74,6 +95,7 @@ class _Target:
     classes: set[int] = field(default_factory=set)
     value_line: str = ""
     class_line: str = ""
+    joint_line: str = ""
 
 
 class LabelUse(TorchFunctionMode):
@@ -83,7 +105,8 @@ class LabelUse(TorchFunctionMode):
     gradient. So a check on the host (`assert y.min() >= 0`) is none, nor is a metric.
 
     Args:
-        targets: The targets by key, as the code inside will hold them. Those of integers are ignored.
+        targets: The targets by key, as the code inside will hold them. Those of integers are noted as what others are
+            read together with.
 
     Example:
         >>> y = torch.tensor([0.0, 2.0, 1.0])
@@ -102,12 +125,15 @@ class LabelUse(TorchFunctionMode):
         super().__init__()
         self._targets: dict[str, _Target] = {}
         self._labels: Any = WeakIdKeyDictionary()
+        self._origins: Any = WeakIdKeyDictionary()
         # What was computed from what is trained, and carries no gradient: predictions of a metric.
         self._predictions: Any = WeakIdKeyDictionary()
         self._stack = ExitStack()
         start = 0
         with torch._C.DisableTorchFunctionSubclass():
             for key, target in targets.items():
+                known = self._origins[target].keys if target in self._origins else frozenset()
+                self._origins[target] = _Origin(known | {key}, {})
                 if target.is_floating_point():
                     columns = _columns(target)
                     self._targets[key] = _Target(range(start, start + columns[1]))
@@ -127,10 +153,13 @@ class LabelUse(TorchFunctionMode):
         """Say how a target was used.
 
         Returns:
-            `"classes"` if all columns that were used as values were used as classes, too; `"both"` if it holds columns
-            of classes beside columns of values (rows of boxes, pairs of a time and an event); else `"values"`.
+            `"classes"` if all columns that were used as values were used as classes, too, or if the target was read
+            together with another one; `"both"` if it holds columns of classes beside columns of values (rows of boxes,
+            pairs of a time and an event); else `"values"`.
         """
         target = self._targets[key]
+        if target.joint_line:
+            return "classes"
         if not target.classes:
             return "values"
         return "both" if target.values - target.classes else "classes"
@@ -147,6 +176,8 @@ class LabelUse(TorchFunctionMode):
         """
         target = self._targets[key]
         parts = [f"read as classes by {target.class_line}"] if target.classes else []
+        if not parts and target.joint_line:
+            parts.append(f"read together with another target by {target.joint_line}")
         if self.verdict(key) != "classes" and target.values:
             parts.append(f"used as values by {target.value_line}")
         return ", ".join(parts)
@@ -175,6 +206,7 @@ class LabelUse(TorchFunctionMode):
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], results: list[Tensor]) -> None:
         labels = [self._labels[tensor] for tensor in read if tensor in self._labels]
         trained = any(tensor.requires_grad for tensor in results)
+        self._trace(name, read, results, trained)
         predicted = [tensor for tensor in read if tensor.requires_grad or tensor in self._predictions]
         if not labels:
             if predicted and not trained:
@@ -203,6 +235,24 @@ class LabelUse(TorchFunctionMode):
                 else:
                     made, columns, line = classes | values, frozenset(), line or _place(name)
             self._labels[result] = _Label(columns, made, line)
+
+    def _trace(self, name: str, read: list[Tensor], results: list[Tensor], trained: bool) -> None:
+        """Note which targets the results come from, and which of these were read together."""
+        found = {id(tensor): self._origins[tensor] for tensor in read if tensor in self._origins}
+        if not found:
+            return
+        keys = frozenset().union(*(origin.keys for origin in found.values()))
+        joint = {key: line for origin in found.values() for key, line in origin.joint.items()}
+        if len(keys) > 1 and name not in _SUMS and not in_torchmetrics():
+            for tensor in read:
+                values = tensor in self._labels and _numbers(self._labels[tensor].columns)
+                if values and keys != found[id(tensor)].keys:
+                    joint = dict.fromkeys(keys, _place(name)) | joint
+        for result in results:
+            self._origins[result] = _Origin(keys, joint)
+        if trained:
+            for key in self._targets.keys() & joint.keys():
+                self._targets[key].joint_line = self._targets[key].joint_line or joint[key]
 
     def _moved(self, func: Any, name: str, args: Any, kwargs: Any, count: int) -> list[Tensor] | None:
         """Run an operation that only moves entries on the numbers of the columns; None if it cannot be done."""
@@ -282,5 +332,6 @@ def _place(name: str) -> str:
         file = frame.f_code.co_filename
         if not file.startswith(_LIBRARIES):
             line = linecache.getline(file, frame.f_lineno).strip()
+            line = line if len(line) <= _LINE else f"{line[:_LINE]}..."
             return f"`{name}`" + (f" in `{line}` ({Path(file).name}, line {frame.f_lineno})" if line else "")
     return f"`{name}`"

@@ -239,12 +239,14 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
                 " of a graph, say), so each row would meet rows of others in place of its own neighbours"
             )
         case _:
-            dims = "and none of its first two dimensions has"
+            dims, time_major = "and none of its first two dimensions has", ""
+            if report.batch_dim is None and any(shape[:1] == (report.batch_size,) for shape in row.shapes):
+                time_major = "; if these are the time steps of (time, samples), set batch_dim=1"
             if report.batch_dim is not None:
                 dims = f"whose dimension batch_dim={report.batch_dim} has not"
             return (
                 f"{name} has no batch dimension: its output has shape {_shapes(row)}, {dims} the number of samples,"
-                f" {report.batch_size} (the rows of the targets)"
+                f" {report.batch_size} (the rows of the targets){time_major}"
             )
 
 

@@ -1,0 +1,80 @@
+"""Padding in the self-check: the mask of a sample belongs to its length, not to what is mixed.
+
+The swap oracle permutes states, and the network has read the mask of each sample before layer k. So it is asked about a
+batch in which all samples are seen as a whole. Where a network makes its mask from the tokens, that mask cannot be
+replaced by the union of two, which is worth a warning, and no reason to refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.names import marks_padding
+from lightning_manifold_mixup._step.places import Places
+from lightning_manifold_mixup._step.self_check import Mixes, Trials, Verdict, swap
+from lightning_manifold_mixup._step.step import Site
+
+# Tokens that are tried as padding: the most frequent ones at the ends of the samples.
+_CANDIDATES = 3
+
+
+def all_seen(trials: Trials, places: Places) -> Trials:
+    """Return trials on a batch with one mask for all samples: the union of all."""
+    values = {
+        key: mask.amin(0, keepdim=True).expand_as(mask)
+        if marks_padding(key)
+        else mask.amax(0, keepdim=True).expand_as(mask)
+        for key, mask in zip(places.masks, places.masks_of(trials.call.batch), strict=True)
+    }
+    return _on(trials, places.replace(trials.call.batch, values)) if values else trials
+
+
+def mask_from_tokens(trials: Trials, site: Site, mixes: Mixes, train: bool) -> str | None:
+    """Say which part of the batch the step makes a mask of padding from; None if that does not explain the failure.
+
+    It is known by this: the swap oracle has no objection where that token is replaced by another one.
+
+    Args:
+        trials: The step.
+        site: The layer at which the swap oracle has failed.
+        mixes: The permutation it failed with.
+        train: Whether the runs are in training mode.
+    """
+    for key, token, filled in _without_padding(trials.call.batch, site, len(mixes[0].partners)):
+        others = _on(trials, batches.replaced(trials.call.batch, key, filled))
+        try:
+            plain_run = others.run(train=train)
+            finding = swap(others, site, mixes, plain_run, None, train)
+        except Exception:  # a part of the batch that cannot be changed is none that we look for
+            continue
+        if plain_run.loss is not None and finding.verdict is Verdict.PASSED:
+            return (
+                f"at {site.layer!r}, the mask of a mixed state is that of the one sample, because the step makes it "
+                f"from batch[{key!r}] (where that is not {token}): what the state holds of a longer partner is not "
+                "seen. Hand the mask on as batch['attention_mask'], and it becomes the union of both"
+            )
+    return None
+
+
+def _without_padding(batch: Any, site: Site, n: int) -> Iterator[tuple[Any, int, Tensor]]:
+    """Yield the tokens of a batch without what may be padding: key, that token, and the tensor with another one."""
+    known = {*map(str, site.places.targets), *map(str, site.places.masks)}
+    for key, leaf in batches.leaves(batch):
+        if str(key) in known or leaf.ndim != 2 or len(leaf) != n or leaf.is_floating_point() or leaf.is_complex():
+            continue
+        tokens, counts = torch.unique(torch.cat([leaf[:, 0], leaf[:, -1]]), return_counts=True)
+        for token in tokens[counts.argsort(descending=True)][:_CANDIDATES]:
+            others = leaf[leaf != token]
+            filled = torch.where(leaf == token, others.flatten()[:1], leaf) if len(others) else leaf
+            if len(others) < leaf.numel() and bool((filled != filled[:1]).any()):  # else a label would not show either
+                yield key, int(token), filled
+
+
+def _on(trials: Trials, batch: Any) -> Trials:
+    return replace(trials, call=trials.call.with_batch(batch))
