@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
+from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import (
     Backwards,
     ghost_of,
@@ -192,7 +193,7 @@ class _Heads:
         """What the run gave."""
         if not losses:
             return Outcome(None, torch.zeros(0), 0.0, random)
-        loss = torch.stack([loss.double().sum() for loss in losses]).sum()
+        loss = torch.stack([float64(loss).sum() for loss in losses]).sum()
         modules = list(self._called)[-_HEADS:] or [self._ghost]
         parameters = [p for m in modules for p in m.parameters(recurse=m is self._ghost) if p.requires_grad]
         gradient = torch.zeros(1, dtype=torch.float64)
@@ -201,10 +202,10 @@ class _Heads:
             (more,) = torch.autograd.grad(loss, [beside], allow_unused=True, retain_graph=True)
         if loss.requires_grad and parameters:
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradient = torch.cat([g.detach().double().flatten() for g in found if g is not None] or [gradient])
+            gradient = torch.cat([float64(g.detach()).flatten() for g in found if g is not None] or [gradient])
         dtypes = {loss.dtype for loss in losses} | {parameter.dtype for parameter in parameters}
-        if torch.is_autocast_enabled(loss.device.type):
-            dtypes.add(torch.get_autocast_dtype(loss.device.type))
+        if torch.is_autocast_enabled(device := losses[0].device.type):
+            dtypes.add(torch.get_autocast_dtype(device))
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
         return Outcome(loss.detach(), gradient.to(loss.device), precision, random, used, beside=more)
 
@@ -286,7 +287,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
         return Finding(Verdict.NO_POWER), 0
     if labels.gradient.shape != partners.gradient.shape:
         return Finding(Verdict.FAILED, "which parameters are used depends on the labels"), 0
-    lam = mixes[0].lam.double().to(labels.loss.device)
+    lam = float64(mixes[0].lam).to(labels.loss.device)
     wanted = Outcome(
         lam * labels.loss + (1 - lam) * partners.loss,
         lam * labels.gradient + (1 - lam) * partners.gradient,

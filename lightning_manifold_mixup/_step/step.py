@@ -124,7 +124,7 @@ class Site:
                     )
                 for key in group.masks:
                     mask = self.places.of(batch, key)
-                    of_partners = mask[mix.partners.to(mask.device, non_blocking=True)]
+                    of_partners = mask[mix.partners.to(mask.device, non_blocking=mask.is_cuda)]
                     values[key] = of_partners if permuted else _union(mask, of_partners, marks_padding(key))
             if self.layer == INPUT and inputs:
                 for key in group.inputs:
@@ -151,7 +151,7 @@ class Site:
             return target
         indices = mix.partners
         if indices.device != target.device:
-            indices = indices.to(target.device, non_blocking=True)
+            indices = indices.to(target.device, non_blocking=target.is_cuda)
         partners = target.index_select(dim, indices)
         if how == "partners":
             return partners
