@@ -26,6 +26,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.dims import sample_dim
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import interpolate_with_gradient
@@ -147,11 +148,7 @@ class Mix:
         lam, partners = self.lam, self.partners
         if lam.device == partners.device == device:
             return self
-        if device.type == "cuda":  # from pinned memory alone does a copy return before it is done
-            lam, partners = (t.pin_memory() if t.device.type == "cpu" else t for t in (lam, partners))
-        wait = device.type == "cpu"
-        lam, partners = (t.to(device, non_blocking=not wait) for t in (lam, partners))
-        return Mix._checked(lam, partners, self._permutation, self._number)
+        return Mix._checked(sent(lam, device), sent(partners, device), self._permutation, self._number)
 
 
 def _check(lam: Any, partners: Any) -> bool:

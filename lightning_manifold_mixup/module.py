@@ -11,13 +11,13 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetric
 from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import TypedDict, override
 
 from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule
+from lightning_manifold_mixup._step.host import Module
 from lightning_manifold_mixup._step.keys import KeyOrKeys
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
@@ -58,7 +58,7 @@ def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
-class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
+class ManifoldMixupModule(SoftLabelLossMixin, Module):
     """Trains a classifier with Manifold Mixup, and evaluates it on plain data.
 
     Use it as it is, or subclass it. Batches are pairs of inputs and (n,) class indices. It brings a
@@ -130,8 +130,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, pl.LightningModule):
 
     def _save(self, hyperparameters: dict[str, Any], without: Sequence[str] = ()) -> None:
         """For load_from_checkpoint."""
-        if _given_hyperparameters.get() is not None:  # by a LightningCLI, which knows how to make all of it again
-            self.save_hyperparameters()
+        if self.save_configuration():  # of a LightningCLI, which knows how to make all of it again
             return
         # Lightning would compare them with the arguments of a subclass, which may be arrays.
         known = {*hyperparameters, *self.hparams}

@@ -31,17 +31,16 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.batch import describe
 from lightning_manifold_mixup._step.drawing import DrawContext
+from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.losses import LossName
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
@@ -307,11 +306,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     @override
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if (
-            stage == "fit"
-            and data is not None
-            and is_overridden("on_after_batch_transfer", data, pl.LightningDataModule)
-        ):
+        if stage == "fit" and data is not None and is_overridden("on_after_batch_transfer", data):
             raise MisconfigurationException(
                 f"Expected a data module without `on_after_batch_transfer`, got {type(data).__name__}: Lightning calls "
                 "its method in place of this module's, where the teacher predicts. Do that work in "

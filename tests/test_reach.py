@@ -1,131 +1,19 @@
-"""Where the package runs: both names of Lightning, all systems, and what an import of it brings along."""
+"""Where the package runs: all systems, and what an import of it brings along."""
 
 import ast
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import lightning.pytorch as current
 import pytest
 import torch
-import torch.nn.functional as F
 
 import lightning_manifold_mixup
-from lightning_manifold_mixup import ManifoldMixupCallback
-from lightning_manifold_mixup._step.host import Callback
-from lightning_manifold_mixup.evaluation import EvaluationCallback
-from tests.helpers import LAYERS, ConvNet, assert_untouched, loader, weights_of
-from tests.helpers import Draws as _Draws
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the packages that it looks for
-    import pytorch_lightning as twin
+from lightning_manifold_mixup._step import interpolation
+from lightning_manifold_mixup._step.devices import float64, float64_device
 
 ROOT = Path(lightning_manifold_mixup.__file__).parent
 PACKAGE = ROOT.name
-HOSTS = {"lightning.pytorch": current, "pytorch_lightning": twin}
-OPTIONS = {
-    "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-    "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
-
-
-class Draws(_Draws, Callback):
-    """A callback under both names, as those of the package."""
-
-
-def classifier(host):
-    class Net(host.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model, self.losses = ConvNet(), []
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            loss = F.cross_entropy(self.model(x), y)
-            self.log("loss", loss)
-            self.losses.append(loss.item())
-            return loss
-
-        def validation_step(self, batch, batch_idx):
-            self.log("val_loss", F.cross_entropy(self.model(batch[0]), batch[1]))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    return Net()
-
-
-@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
-class TestHost:
-    def test_loss_is_that_of_the_formula(self, host):
-        module = classifier(host)
-        net = ConvNet()
-        net.load_state_dict(module.model.state_dict())
-        callback = ManifoldMixupCallback(layers=LAYERS, seed=3, log_mixing=True)
-        draws = Draws(callback)
-        trainer = host.Trainer(callbacks=[callback, draws], **OPTIONS)
-        trainer.fit(module, loader(), loader())
-        optimizer, losses = torch.optim.SGD(net.parameters(), 0.1), []
-        for (x, y), (layer, lam, partners) in zip([*loader(), *loader()], draws.drawn, strict=True):
-            before, after = net.states(x)[layer]
-            h = before(x)
-            logits = after(lam * h + (1 - lam) * h[partners])
-            loss = lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y[partners])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert module.losses == pytest.approx(losses, rel=1e-5)
-        parameters = {
-            name: value for name, value in weights_of(module.model).items() if name in dict(net.named_parameters())
-        }
-        torch.testing.assert_close(parameters, {name: p.detach() for name, p in net.named_parameters()})
-        assert trainer.callback_metrics["manifold_mixup/lam"].item() == pytest.approx(draws.drawn[-1][1].item())
-        assert_untouched(module)
-
-    def test_resumed_run_draws_what_the_uninterrupted_one_drew(self, host, tmp_path):
-        def fit(epochs, checkpoint=None):
-            callback = ManifoldMixupCallback(layers="auto", seed=3)
-            draws = Draws(callback)
-            trainer = host.Trainer(callbacks=[callback, draws], **(OPTIONS | {"max_epochs": epochs}))
-            trainer.fit(module := classifier(host), loader(), ckpt_path=checkpoint)
-            return trainer, module, [(layer, lam.item()) for layer, lam, _ in filter(None, draws.drawn)]
-
-        torch.manual_seed(0)
-        half, _, drawn = fit(1)
-        half.save_checkpoint(tmp_path / "half.ckpt")
-        *_, rest = fit(2, tmp_path / "half.ckpt")
-        torch.manual_seed(0)
-        assert fit(2)[2] == drawn + rest
-
-    def test_callback_that_is_not_in_a_list(self, host):
-        callback = ManifoldMixupCallback(layers=LAYERS)
-        assert callback in host.Trainer(callbacks=callback, **OPTIONS).callbacks
-
-    def test_callbacks_of_the_user_and_evaluations(self, host):
-        class Own(ManifoldMixupCallback):
-            pass
-
-        class Evaluation(EvaluationCallback):
-            family, plot, start, update, compute = "own", None, None, None, None
-
-        host.Trainer(callbacks=[Own(), Evaluation()], **OPTIONS)
-
-    def test_module_of_the_other_name_is_refused_by_the_trainer(self, host):
-        [other] = [module for module in HOSTS.values() if module is not host]
-        with pytest.raises(TypeError, match="must be a `LightningModule`"):
-            host.Trainer(callbacks=[ManifoldMixupCallback()], **OPTIONS).fit(classifier(other), loader())
-
-
-def test_callback_is_one_of_each_name():
-    assert isinstance(ManifoldMixupCallback(), (current.Callback, twin.Callback))
-    assert Callback.__mro__.index(current.Callback) < Callback.__mro__.index(twin.Callback)
-
-
-# ------------------------------------------------------------------------------------------------------------ imports
-
 WINGS = ("paper", "cli", "evaluation")
 POSIX = {"fcntl", "grp", "mmap", "posix", "pty", "pwd", "resource", "signal", "syslog", "termios", "tty", "ctypes"}
 POSIX_CALLS = {"fork", "forkpty", "dup", "dup2", "kill", "killpg", "getuid", "nice", "mallopt", "sched_getaffinity"}
@@ -187,3 +75,56 @@ def test_import_brings_no_extra_and_no_wing():
     assert f"{PACKAGE}.callback" in loaded
     assert not [name for name in loaded if name.split(".")[0] in EXTRAS]
     assert not [name for name in loaded if name.startswith(tuple(f"{PACKAGE}.{wing}" for wing in WINGS))]
+
+
+def test_lightning_that_is_missing_is_named():
+    """Its twin `pytorch_lightning` may well be there."""
+    script = "import sys; sys.modules['lightning'] = None; import lightning_manifold_mixup"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent)
+    assert "`lightning` is needed here and not installed: pip install lightning\n" in run.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield node, node.func.attr if isinstance(node.func, ast.Attribute) else ""
+
+
+def test_no_copy_is_left_to_itself_but_to_cuda():
+    """Apple's GPUs, and copies to the host, would read what is not there."""
+    for path in files():
+        for call, _ in calls(path):
+            for keyword in call.keywords:
+                if keyword.arg == "non_blocking" and path.name not in (
+                    "devices.py",
+                    "kernels.py",
+                ):
+                    assert isinstance(keyword.value, ast.Attribute), path
+                    assert keyword.value.attr == "is_cuda", path
+
+
+def test_float64_is_asked_of_devices_that_have_it():
+    for path in files():
+        if path.name not in ("devices.py", "partners.py"):  # where partners are chosen on the host
+            assert not [name for _, name in calls(path) if name == "double"], path
+    assert float64_device(torch.device("mps")) == torch.device("cpu")
+    assert float64_device(torch.device("cuda")) == torch.device("cuda")
+    tensor = torch.ones(2, requires_grad=True)
+    assert float64(tensor).dtype == torch.float64
+    assert torch.autograd.grad(float64(tensor).sum(), tensor)[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("lam", [torch.tensor(0.3), torch.rand(4)], ids=["one lam", "a lam for each"])
+@pytest.mark.parametrize("permutation", [True, False])
+def test_other_devices_mix_by_operations_that_all_of_them_have(lam, permutation, monkeypatch):
+    """A device that is neither a CPU nor CUDA, as Apple's: no row by row, no kernel, and the same shape of graph."""
+    monkeypatch.setattr(interpolation, "_on_cpu", None)
+    monkeypatch.setattr(interpolation, "_kernel", None)
+    h = torch.empty(4, 3, device="meta", requires_grad=True)
+    mixed = interpolation.interpolate_with_gradient(h, lam.to("meta"), torch.arange(4, device="meta"), 0, permutation)
+    mixed.sum().backward()
+    assert mixed.shape == h.grad.shape == (4, 3)
+    assert mixed.device == h.grad.device == h.device

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import random_states, same_random_states
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
@@ -39,7 +40,7 @@ class Eager:
         Raises:
             MixingError: if the loss is another one. The hook raises it in backward, if the gradient has got lost.
         """
-        if abs(float(loss.detach().double() - self.loss)) > self.accuracy:
+        if abs(float(float64(loss.detach()) - self.loss)) > self.accuracy:
             raise MixingError(
                 f"Manifold Mixup: the compiled training step has the loss {float(loss.detach()):.6g} for a mixed "
                 f"batch, the uncompiled one {float(self.loss):.6g}. {_REMEDY}"
@@ -69,7 +70,7 @@ def eager_step(trials: Trials, site: Site, mixes: Mixes) -> Eager | None:
         runs.append(run)
     if parameter is None or runs[0].loss is None or runs[1].loss is None:
         return None
-    lam = mixes[0].lam.double().to(runs[0].loss.device)
+    lam = float64(mixes[0].lam).to(runs[0].loss.device)
     loss = lam * runs[0].loss + (1 - lam) * runs[1].loss
     scale = max(abs(float(run.loss)) for run in runs if run.loss is not None)
     accuracy = max(_ACCURACY, *(100 * run.precision for run in runs)) * max(scale, 1e-12)

@@ -1,4 +1,4 @@
-"""Optional dependencies, imported where they are needed and not before.
+"""Dependencies that may be missing, imported where they are needed and not before.
 
 `import lightning_manifold_mixup` needs none of torchvision, scikit-learn, timm, matplotlib or rich. Code that needs one
 of them calls `require`, so that the advice how to install it stands in one place.
@@ -10,12 +10,13 @@ from types import ModuleType
 __all__ = ["require"]
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import a module that is not among the core dependencies.
+def require(module: str, extra: str = "") -> ModuleType:
+    """Import a module that may not be installed.
 
     Args:
         module: the name to import, for example `"torchvision.transforms.v2"`.
-        extra: the extra of this package that installs it, `"cli"` or `"all"`.
+        extra: the extra of this package that installs it, `"cli"` or `"all"`; without one, the module is a package
+            of that name.
 
     Returns:
         The imported module.
@@ -38,7 +39,7 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is installed but lacks a dependency of its own, which the message already names
+        advice = f'"lightning-manifold-mixup[{extra}]"' if extra else package
         raise ModuleNotFoundError(
-            f'`{package}` is needed here and not installed: pip install "lightning-manifold-mixup[{extra}]"',
-            name=package,
+            f"`{package}` is needed here and not installed: pip install {advice}", name=package
         ) from None

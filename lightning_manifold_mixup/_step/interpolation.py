@@ -72,7 +72,7 @@ def interpolate(
         >>> interpolate(torch.tensor([0.0, 4.0]), torch.tensor(0.75), torch.tensor([0, 0]), transposed=True)
         tensor([1., 3.])
     """
-    partners = partners.to(h.device, non_blocking=True)
+    partners = partners.to(h.device, non_blocking=h.is_cuda)
     if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
         return _plain(h, lam, partners, dim, transposed, permutation)
     if h.is_contiguous():
@@ -96,7 +96,7 @@ def _contiguous(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
 
 def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:
     dtype = torch.promote_types(h.dtype, lam.dtype)
-    weight = _along(dim, lam.to(h.device, dtype, non_blocking=True), h)
+    weight = _along(dim, lam.to(h.device, dtype, non_blocking=h.is_cuda), h)
     if transposed and not (permutation and lam.ndim == 0):
         wide = h.to(dtype)
         return _add_rows(weight * wide, (1 - weight) * wide, partners, dim).to(h.dtype)

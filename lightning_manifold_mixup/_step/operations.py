@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.targets import (
     REMEDY,
     MixedTarget,
@@ -224,11 +225,11 @@ def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition
         return _on_both(name, func, args, kwargs, superposition)
     arguments["reduction"] = "none"
     results = []
-    lam, mean = superposition.lam.double(), superposition.reduced.lam
+    lam, mean = float64(superposition.lam), superposition.reduced.lam
     for pick, weight in ((_labels, lam / mean), (_partners, (1 - lam) / (1 - mean))):
         under = _under(dict(arguments), pick)
         losses = func(**under)
-        share = weight.to(losses.dtype).reshape(weight.shape + (1,) * (losses.ndim - 1))
+        share = weight.to(losses).reshape(weight.shape + (1,) * (losses.ndim - 1))
         total = (losses * share).sum()
         results.append(total / _count(under, losses) if reduction == "mean" else total)
     note_use(superposition, results)

@@ -17,8 +17,9 @@ from torch import Tensor
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.names import marks_padding
 from lightning_manifold_mixup._step.places import Places
-from lightning_manifold_mixup._step.self_check import Mixes, Trials, Verdict, swap
+from lightning_manifold_mixup._step.self_check import Verdict, swap
 from lightning_manifold_mixup._step.step import Site
+from lightning_manifold_mixup._step.trials import Mixes, Trials
 
 # Tokens that are tried as padding: the most frequent ones at the ends of the samples.
 _CANDIDATES = 3
@@ -77,4 +78,4 @@ def _without_padding(batch: Any, site: Site, n: int) -> Iterator[tuple[Any, int,
 
 
 def _on(trials: Trials, batch: Any) -> Trials:
-    return replace(trials, call=trials.call.with_batch(batch))
+    return replace(trials, call=trials.call.on(batch))

@@ -16,6 +16,7 @@ from enum import Enum
 
 import torch
 
+from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import same_random_states
 from lightning_manifold_mixup._step.reads import Reads
 from lightning_manifold_mixup._step.step import Site
@@ -120,7 +121,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
         return Finding(Verdict.NO_POWER), 0
     if labels.gradient.shape != partners.gradient.shape:
         return Finding(Verdict.FAILED, "which parameters are used depends on the labels"), 0
-    lam = mixes[0].lam.double().to(labels.loss.device)
+    lam = float64(mixes[0].lam).to(labels.loss.device)
     wanted = Outcome(
         lam * labels.loss + (1 - lam) * partners.loss,
         lam * labels.gradient + (1 - lam) * partners.gradient,

@@ -57,12 +57,6 @@ class Call:
         call = self.on(batch)
         return training_step(*call.args, **call.kwargs)
 
-    def with_batch(self, batch: Any) -> Call:
-        """The same call with another batch."""
-        if "batch" in self.kwargs:
-            return Call(self.args, {**self.kwargs, "batch": batch})
-        return Call((batch, *self.args[1:]), self.kwargs)
-
 
 @dataclass(frozen=True)
 class Site:
@@ -134,7 +128,7 @@ class Site:
                     )
                 for key in group.masks:
                     mask = self.places.of(batch, key)
-                    of_partners = mask[mix.partners.to(mask.device, non_blocking=True)]
+                    of_partners = mask[mix.partners.to(mask.device, non_blocking=mask.is_cuda)]
                     values[key] = union(mask, of_partners, marks_padding(key))
             if self.layer == INPUT and inputs:
                 for key in group.inputs:
@@ -161,7 +155,7 @@ class Site:
             return target
         indices = mix.partners
         if indices.device != target.device:
-            indices = indices.to(target.device, non_blocking=True)
+            indices = indices.to(target.device, non_blocking=target.is_cuda)
         partners = target.index_select(dim, indices)
         if how == "partners":
             return partners

@@ -23,6 +23,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import Self, override
 
+from lightning_manifold_mixup._step.devices import float64, sent
+
 Reader = Callable[[str, Any, Any, Any], Any]
 
 
@@ -64,10 +66,9 @@ class Superposition:
 
     def to(self, device: torch.device) -> Self:
         """The same, with lam on the device; the copy does not wait for the device."""
-        if device.type != "cpu" and self.lam.device != device:
-            self.lam = self.lam.pin_memory().to(device, non_blocking=True)
-            if isinstance(self.swapped, Tensor):
-                self.swapped = self.swapped.pin_memory().to(device, non_blocking=True)
+        if self.lam.device != device and device.type != "cpu":
+            self.lam = sent(self.lam, device)
+            self.swapped = sent(self.swapped, device) if isinstance(self.swapped, Tensor) else self.swapped
         return self
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[float, float]:
@@ -82,7 +83,7 @@ class Superposition:
     def reduced(self) -> Superposition:
         """For losses of samples that have been summed up with weights of their own: one weight, the mean."""
         if self._reduced is None:
-            self._reduced = Superposition(self.lam.double().mean())
+            self._reduced = Superposition(float64(self.lam).mean())
             self._reduced.swapped = False
         return self._reduced
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
+from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import Backwards, batch_of_ghosts, ghost_of, isolated, random_states
 from lightning_manifold_mixup._step.step import Call, How, Site, loss_of
 from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
@@ -171,11 +172,11 @@ class _Heads:
             wanted = [*parameters, *([] if beside is None else [beside])]
             found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True, retain_graph=True) if wanted else ()
             self._beside = found[-1] if beside is not None else None
-            self._gradients += [g.detach().double().flatten() for g in found[: len(parameters)] if g is not None]
+            self._gradients += [float64(g.detach()).flatten() for g in found[: len(parameters)] if g is not None]
         self._dtypes |= {loss.dtype, *(parameter.dtype for parameter in parameters)}
         if torch.is_autocast_enabled(loss.device.type):
             self._dtypes.add(torch.get_autocast_dtype(loss.device.type))
-        self._losses.append(loss.detach().double().sum())
+        self._losses.append(float64(loss.detach()).sum())
 
     def outcome(self, random: Any, used: bool) -> Outcome:
         """What the run gave."""

@@ -33,7 +33,7 @@ class Writes(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[nn.Parameter] = set()
         # By the address of the memory: a parameter, its `data` and its views are different objects.
         self._owners = {_memory(parameter): (parameter, parameter.data) for parameter in parameters}
@@ -56,7 +56,7 @@ class Writes(TorchDispatchMode):
 
     @override
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for memory, (parameter, values) in self._owners.items():
                 if memory in self._before:

@@ -16,14 +16,15 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.devices import float64_device
+from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, noise_like
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes, float64_device
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
 from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 from lightning_manifold_mixup.mixing import Mix
 

@@ -103,11 +103,6 @@ def axes(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def float64_device(device: torch.device) -> torch.device:
-    """Return the device for float64 metrics of a model on ``device``: the same, or the CPU for MPS, which has none."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 class EvaluationCallback(Callback, ABC):
     """Base class of evaluations on the batches of ``trainer.validate`` and ``trainer.test``.
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.devices import float64_device
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes, float64_device
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
 from lightning_manifold_mixup.layers.names import INPUT, named_layers, resolve_layers
 
 if TYPE_CHECKING:
