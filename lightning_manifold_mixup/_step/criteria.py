@@ -12,11 +12,20 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
-from lightning_manifold_mixup._step.targets import labelling, note_use, paired, plain, superpositions, tensors
+from lightning_manifold_mixup._step.pairs import note_use, paired, tensors
+from lightning_manifold_mixup._step.targets import (
+    Superposition,
+    SuperpositionError,
+    _Superposed,
+    labelling,
+    plain,
+    superpositions,
+)
 from lightning_manifold_mixup.layers import named_layers
 
 
@@ -50,7 +59,8 @@ class CriterionHooks:
         self.fired = True
         states = random_states(criterion.parameters())
         ghost = ghost_of(criterion)
-        self._others.append((found[0], ghost, states, labelling(args, False), labelling(kwargs, False)))
+        kept = {id(value) for _, _, value in _kept(criterion)}
+        self._others.append((found[0], ghost, states, kept, labelling(args, False), labelling(kwargs, False)))
         return labelling(args, True), labelling(kwargs, True)
 
     def after(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -58,14 +68,24 @@ class CriterionHooks:
         other = self._others.pop()
         if other is None or output is None:  # None: the criterion raised
             return None
-        superposition, ghost, states, args, kwargs = other
+        superposition, ghost, states, kept, args, kwargs = other
         states_after = random_states(criterion.parameters())
         set_random_states(states)
         second = ghost.forward(*args, **kwargs)
         set_random_states(states_after)
         recorded = note_use(superposition, (output, second))
         self.unfit |= not all(_is_loss(tensor) for tensor in tensors(output))
-        return paired(output, second, superposition, averaged=recorded)
+        # What it keeps for the step to read (`self.last`) is in superposition, too: of the dominant labels afterwards.
+        others = {(number, name): value for number, name, value in _kept(ghost)}
+        for number, name, value in list(_kept(criterion)):
+            if id(value) not in kept and (number, name) in others:
+                part = list(criterion.modules())[number]
+                vars(part)[name] = paired(value, others[number, name], superposition, averaged=False)
+        try:
+            return paired(output, second, superposition, averaged=recorded)
+        except SuperpositionError as error:
+            superposition.give_up(error)
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CriterionHooks:
         copied: CriterionHooks = memo.setdefault(id(self), CriterionHooks())
@@ -73,6 +93,14 @@ class CriterionHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(CriterionHooks())
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
+    """The tensors that the parts of a module keep as plain attributes: the number of the part, the name, the tensor."""
+    for number, part in enumerate(module.modules()):
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                yield number, name, value
 
 
 def _is_loss(tensor: Tensor) -> bool:
@@ -112,15 +140,28 @@ def criterion_hooks(module: nn.Module, without: Iterable[str] = ()) -> dict[str,
 
 
 def plain_metrics(module: nn.Module, stack: ExitStack) -> None:
-    """Lets the metrics of a module see the dominant labels; closing ``stack`` takes that back."""
-    for metric in _metrics(module):
-        own, update = vars(metric), metric.update
+    """Lets the metrics of a module see the dominant labels; closing ``stack`` takes that back.
 
-        def plain_update(*args: Any, _update: Any = update, **kwargs: Any) -> None:
+    What they compute from them counts as read by Python code: a loss may use it.
+    """
+    fed: list[Superposition] = []
+    for metric in {id(metric): metric for metric in _metrics(module)}.values():  # each once
+        own = vars(metric)
+
+        def plain_update(*args: Any, _update: Any = metric.update, **kwargs: Any) -> None:
+            fed[:] = [a._superposition for a in (*args, *kwargs.values()) if isinstance(a, _Superposed)]
             _update(*plain(args), **plain(kwargs))
 
-        stack.callback(own.__setitem__, "update", own.get("update", update))
-        own["update"] = plain_update
+        def read_compute(*args: Any, _compute: Any = metric.compute, **kwargs: Any) -> Any:
+            value = _compute(*args, **kwargs)
+            if not fed or not fed[0].open or fed[0].reader is None:
+                return value
+            less, more = (apply_to_collection(value, Tensor, lambda t, by=by: t + by) for by in (-1, 1))
+            return fed[0].reader("compute", less, more, value)
+
+        for name, function in (("update", plain_update), ("compute", read_compute)):
+            stack.callback(own.__setitem__, name, own.get(name, getattr(metric, name)))
+            own[name] = function
 
 
 def _metrics(module: nn.Module) -> Iterator[Metric]:

@@ -11,8 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.call import Call
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated
-from lightning_manifold_mixup._step.step import Call, Site
+from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import Superposition, labelling
 from lightning_manifold_mixup._step.usage import LabelUse
 from lightning_manifold_mixup._step.writes import Writes

@@ -15,19 +15,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.compiled_check import Eager, eager_step
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.first_batch import watch
-from lightning_manifold_mixup._step.ghost import NoGhostError, batch_of_ghosts, random_states, set_random_states
+from lightning_manifold_mixup._step.ghost import NoGhostError, batch_of_ghosts, random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
 from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.randomness import Stream
 from lightning_manifold_mixup._step.reads import Answers
 from lightning_manifold_mixup._step.stand_in import StandIn
-from lightning_manifold_mixup._step.step import Call, Site, Step, loss_of
-from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
+from lightning_manifold_mixup._step.step import Site, Step
+from lightning_manifold_mixup._step.targets import Superposition
 from lightning_manifold_mixup._step.trials import Mixes, Trials
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers
 from lightning_manifold_mixup.mixing import Mix
@@ -103,7 +104,8 @@ class Fit:
         self._compared = 0  # up to which batch the compiled step was compared with the eager one
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
-        self._answers = Answers(lenient=False)
+        self._answers = Answers()
+        self._states: Any = None  # of the random generators, before the step
         self._written: set[nn.Parameter] = set()  # by the training step itself
         self._writes_batch = False
         self._parts = [part for part in module.modules() if _reads_mode(part.__class__)]
@@ -188,39 +190,38 @@ class Fit:
         if eager is not None and loss is not None:
             self._stack.callback(eager.compare(loss).remove)
         calls = step.hook.calls if step.hook is not None else 0
-        if self.proof.is_new(step.site.layer, self._signature(step, output), calls, self._checked):
+        signature, reads = self._signature(step, output), bool(self._answers.new)
+        if self.proof.is_new(step.site.layer, signature, calls, reads, self._checked):
             passes = self.proof.passes
             self._prove([step.site.layer], step, call, again=True)
             if self.proof.passes != passes:
-                output = self._evaluated(training_step, step, call)
+                if self.options.clean_weight:
+                    output = self._evaluated(training_step, step, call)
+                else:
+                    output = step.after_all(output, call, self._states)
         self._checked = True
         return output
 
     def _evaluated(self, training_step: Callable[..., Any], step: Step, call: Call) -> Any:
         able = self.module.automatic_optimization and not step.superposition.lam.ndim
         passes = self.proof.passes_at(step.site.layer) if able else self.proof.passes or 1
+        wanted = call
         if self._writes_batch:  # the batch may be asked for again
             call = call.on(batch_of_ghosts(call.batch))
-        step.reader = self._answers = Answers(lenient=self.options.passes == 1 or self.proof.reads > 0)
+        deciding = self.options.passes == 1 and self.proof.enabled
+        step.reader = self._answers = Answers(self.proof.harmless, deciding)
+        step.superposition.forgiving = able and self.options.passes == "auto"
+        # Where the oracles have seen nothing of the kind, PyTorch's alone: the others take longer to note.
+        proven = self.proof.enabled and self.proof.passes == 1 and not self.proof.harmless
+        self._states = torch.get_rng_state() if proven else random_states(())
         if self.options.clean_weight:
-            return step.beside_clean(training_step, call, self.options.clean_weight, passes)
-        if passes == 2:
-            return step.twice(training_step, call)
-        # A batch that superposition cannot follow after all runs again, with the same random numbers. Where the oracles
-        # have seen nothing of the kind, those of PyTorch alone: the others take longer to note.
-        proven = self.proof.enabled and self.proof.passes == 1 and not self.proof.reads
-        state = torch.get_rng_state() if proven else random_states(())
-        try:
-            return step.once(training_step, call)
-        except SuperpositionError as error:
-            if self.options.passes != "auto" or not self.module.automatic_optimization:
-                raise
-            if isinstance(state, Tensor):
-                torch.set_rng_state(state)
-            else:
-                set_random_states(state)
-            self.proof.run_twice(str(error).split(". ")[0], again=True)
-            return step.twice(training_step, call)
+            output = step.beside_clean(training_step, call, self.options.clean_weight, passes)
+        else:
+            output = (step.twice if passes == 2 else step.once)(training_step, call)
+        if (failure := step.superposition.failure) is not None:
+            self.proof.run_twice(str(failure).split(". ")[0], again=True)
+            output = output if self.options.clean_weight else step.after_all(output, wanted, self._states)
+        return output
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
         """What the compiled step of this batch is to be compared with, in a batch that the oracles were asked about."""
@@ -245,7 +246,7 @@ class Fit:
             names.append(type(function))
             queue += [following for following, _ in function.next_functions if following is not None]
         modes = tuple(map(_is_training, self._parts))
-        return id(step.site.places), modes, self._answers.asked > 0, tuple(names)
+        return id(step.site.places), modes, tuple(names)
 
     # ---------------------------------------------------------------------------------------------- the first batch
 

@@ -161,7 +161,7 @@ class Backwards(TorchFunctionMode):
         if func is Tensor.backward:
             loss = plain(args[0])
             self._note(loss)
-            return func(loss, *args[1:], **(kwargs or {}))  # type: ignore[no-untyped-call]
+            return loss.backward(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -7,15 +7,14 @@ from typing import Any, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_manifold_mixup._step.pairs import note_use, paired, tensors
 from lightning_manifold_mixup._step.switches import mixing_is_open
 from lightning_manifold_mixup._step.targets import (
     MixingError,
+    SuperpositionError,
     labelling,
-    note_use,
-    paired,
     plain,
     superpositions,
-    tensors,
 )
 
 T = TypeVar("T")
@@ -57,4 +56,8 @@ def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return plain(function(*args, **kwargs))  # type: ignore[no-any-return]
     first, second = (function(*labelling(args, dominant), **labelling(kwargs, dominant)) for dominant in (True, False))
     note_use(found[0], (first, second))
-    return plain(paired(first, second, found[0]))  # type: ignore[no-any-return]
+    try:
+        return plain(paired(first, second, found[0]))  # type: ignore[no-any-return]
+    except SuperpositionError as error:
+        found[0].give_up(error)
+    return first

@@ -15,16 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_manifold_mixup._step.devices import float64
+from lightning_manifold_mixup._step.pairs import REMEDY, note_use, paired, tensors
 from lightning_manifold_mixup._step.targets import (
-    REMEDY,
     MixedTarget,
     Superposition,
     SuperpositionError,
     _shown,
     _Superposed,
-    note_use,
-    paired,
-    tensors,
 )
 
 Function = Callable[..., Any]
@@ -51,7 +48,11 @@ def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         rule = _on_both if name[4:] in _VALUES else _of_the_object
     elif name.startswith("set ") or _writes(name):
         rule = _write
-    return rule(name, func, args, kwargs, superposition)
+    try:
+        return rule(name, func, args, kwargs, superposition)
+    except SuperpositionError as error:
+        superposition.give_up(error)
+    return func(*args, **kwargs)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -144,6 +145,8 @@ def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Sup
         first, second = target.clone(), target.clone()
         func(target, *_under(others, _first), **_under(kwargs, _first))
         superposition.adopt(target, first, second)
+    elif target._apart:
+        func(target, *_under(others, _first), **_under(kwargs, _first))
     func(target._first, *_under(others, _first), **_under(kwargs, _first))
     func(target._second, *_under(others, _second), **_under(kwargs, _second))
     recorded = note_use(superposition, (target._first, target._second))

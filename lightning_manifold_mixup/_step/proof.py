@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_manifold_mixup._step.diagnosis import explain
 from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
 from lightning_manifold_mixup._step.padding import all_seen, mask_from_tokens
+from lightning_manifold_mixup._step.reads import Line
 from lightning_manifold_mixup._step.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
@@ -31,7 +32,7 @@ class Proof:
 
     Attributes:
         passes: how often the training step runs for a mixed batch; None until that is decided.
-        reads: how many values Python code was seen to read without an effect on the loss.
+        harmless: lines of code that read values which depend on the labels, without an effect on the loss.
     """
 
     def __init__(self, trainer: Any, enabled: bool, passes: Passes, decided: int | None) -> None:
@@ -39,9 +40,10 @@ class Proof:
         self.enabled = enabled
         self._wanted = passes
         self.passes = 2 if passes == 2 else decided
-        self.reads = 0
+        self.harmless: set[Line] = set()
         self._open: set[tuple[str, str]] = set()  # oracles without a verdict yet on some rank, each with its layer
         self._verdicts: dict[tuple[str, str], Verdict] = {}  # of this rank, in the check that is running
+        self._asked = False  # in this fit, about all layers
         self._next = 10
         self._retry_at = 0
         self._seen: set[Any] = set()
@@ -59,7 +61,7 @@ class Proof:
         """
         if not self.enabled:
             return []
-        if mixed == 0:
+        if not self._asked:
             return list(layers)
         if mixed >= self._next:
             self._next *= 10
@@ -79,22 +81,23 @@ class Proof:
     def _is_open(self, layer: str) -> bool:
         return any(where == layer for _, where in self._open)
 
-    def is_new(self, layer: str, signature: Any, calls: int, checked: bool) -> bool:
+    def is_new(self, layer: str, signature: Any, calls: int, reads: bool, checked: bool) -> bool:
         """Whether a training step was built otherwise than all before it.
 
         Args:
             layer: where it was mixed.
             signature: of the step, whatever the layer.
             calls: how often the layer was called.
+            reads: whether lines of code have read labels that the oracles know nothing of.
             checked: whether the oracles have been asked about this batch.
         """
         known = not self._seen or signature in self._seen
         known &= calls in self._calls.setdefault(layer, {calls})
         self._seen.add(signature)
         self._calls[layer].add(calls)
-        if known or checked or not self.enabled or self._rechecks >= _RECHECKS:
+        if checked or not self.enabled or not (reads or (not known and self._rechecks < _RECHECKS)):
             return False
-        self._rechecks += 1
+        self._rechecks += not known
         return True
 
     def check(
@@ -123,6 +126,7 @@ class Proof:
             MixingError: if something else than layer k and the targets reaches the loss; no weight has changed.
         """
         failure = reason = None
+        self._asked = True
         self._verdicts = {("swap", site.layer): Verdict.NO_POWER for site in sites if trials is None}
         if trials is not None:
             try:
@@ -157,14 +161,14 @@ class Proof:
             again: whether the module has run its step on this batch already.
         """
         if self.passes != 2:
-            counted = (
-                " In this one batch, what the step keeps on the module has been updated once more." if again else ""
+            late = (
+                " The loss of this one batch sees what the step keeps on the module after its update." if again else ""
             )
             rank_zero_warn(
                 "Manifold Mixup runs the training step twice for each mixed batch from here on, once for each "
-                f"labelling: {reason}. The loss is exact; it costs a second forward pass. To avoid that, compute the "
-                "loss with `mixed_loss(function, logits, y)`, or in a criterion module (nn.Module). `passes=2` "
-                f"silences this.{f' {counted}' if again else ''}"
+                f"labelling: {reason.rstrip('.')}. The loss is exact; it costs a second forward pass.{late} To avoid "
+                "that, compute the loss with `mixed_loss(function, logits, y)`, or in a criterion module (nn.Module). "
+                "`passes=2` silences this."
             )
         self.passes = 2
 
@@ -196,13 +200,14 @@ class Proof:
         """What is an error whatever is done, and why labels in superposition are not exact; None if that is not so."""
         for site in sites:
             try:
-                finding, reads = pair(trials, site, draws)
+                finding, lines = pair(trials, site, draws)
             except (NoGhostError, MixingError):
                 raise
             except Exception as error:  # the step does not run on a ghost
                 self._say(f"the pair oracle has no verdict ({type(error).__name__}: {error})")
                 break
-            self.reads = max(self.reads, reads)
+            if finding.verdict is not Verdict.FAILED:
+                self.harmless |= lines
             if finding.reason != UNUSED:
                 self._verdicts["pair", site.layer] = finding.verdict
             else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torchmetrics
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
@@ -19,6 +22,19 @@ from lightning_manifold_mixup._step.usage import in_torchmetrics
 _READS = 1000
 # Functions that make a tensor of an array or a list.
 _FROM_HOST = {"tensor", "as_tensor", "asarray", "new_tensor"}
+_LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, torchmetrics.__file__))
+_LIBRARIES += (str(Path(__file__).parents[1]),)
+
+# A line of code: the code object, and the number of the line.
+Line = tuple[Any, int]
+
+
+def reading_line() -> Line:
+    """The line of the user's code that is running."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return frame.f_code, frame.f_lineno
 
 
 class Reads:
@@ -29,6 +45,7 @@ class Reads:
 
     Attributes:
         asked: how often a value was read that depends on the labelling.
+        lines: where.
         returned: whether arrays or lists were read, and tensors were made of arrays or lists after that.
     """
 
@@ -36,23 +53,18 @@ class Reads:
         self._answers = answers
         self._arrays = False
         self.asked = 0
+        self.lines: set[Line] = set()
         self.returned = False
 
     def __call__(self, name: str, first: Any, second: Any, shown: Any) -> Any:
         """What is read."""
         answer = self._answers[self.asked % len(self._answers)]
         self.asked += 1
+        self.lines.add(reading_line())
         if self.asked > _READS:
-            raise MixingError("A loop waits for a value that depends on the labels.")
+            raise MixingError("A loop waits for a value that depends on the labels")
         self._arrays |= isinstance(shown, (list, np.ndarray))
-        if answer == 0:
-            return shown
-        if isinstance(shown, bool):
-            return answer > 0
-        if isinstance(shown, (int, float)):
-            far = 10 * abs(shown) + 10
-            return type(shown)(shown + answer * far)
-        return second if answer > 0 else first
+        return shown if answer == 0 else _disturbed(shown, answer, (first, second))
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -75,6 +87,22 @@ class Reads:
         self.returned |= self._arrays and not in_torchmetrics()
 
 
+def _disturbed(shown: Any, answer: int, labellings: tuple[Any, Any]) -> Any:
+    """What might be read in another batch: of labels, each class is another one that is there, too."""
+    if isinstance(shown, bool):
+        return answer > 0
+    if isinstance(shown, (int, float)):
+        return type(shown)(shown + answer * (10 * abs(shown) + 10))
+    if isinstance(shown, list):
+        return _disturbed(np.asarray(shown), answer, labellings).tolist()
+    if not isinstance(shown, np.ndarray) or not shown.size:
+        return labellings[answer > 0]
+    if shown.dtype.kind == "f":
+        return shown + answer * (10 * np.abs(shown) + 10)
+    classes, which = np.unique(shown, return_inverse=True)
+    return classes[(which + answer) % len(classes)].reshape(shown.shape)
+
+
 class _Returns(TorchFunctionMode):
     def __init__(self, reads: Reads) -> None:
         super().__init__()
@@ -92,20 +120,24 @@ class Answers:
     """Answers Python code that reads values in superposition while a batch is trained on.
 
     Args:
-        lenient: whether it is known that what is read has no effect on the loss.
+        harmless: lines of code for which it is known that what they read has no effect on the loss.
+        deciding: whether other lines may decide by what they read, because the oracles are asked about them at once.
 
     Attributes:
-        asked: how often a value was read that depends on the labelling.
+        new: those other lines.
     """
 
-    def __init__(self, lenient: bool) -> None:
-        self.lenient = lenient
-        self.asked = 0
+    def __init__(self, harmless: Collection[Line] = (), deciding: bool = False) -> None:
+        self._harmless, self._deciding = harmless, deciding
+        self.new: set[Line] = set()
 
     def __call__(self, name: str, first: Any, second: Any, shown: Any) -> Any:
         """What is read."""
-        self.asked += 1
-        if not self.lenient and isinstance(first, bool) and first != second:
+        line = reading_line()
+        if line in self._harmless:
+            return shown
+        self.new.add(line)
+        if not self._deciding and isinstance(first, bool) and first != second:
             raise SuperpositionError(
                 f"`{name}` of a value that depends on the labels is {first} for the dominant labels and {second} for "
                 "the others, so Python cannot go on with both."

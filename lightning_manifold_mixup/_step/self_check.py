@@ -18,11 +18,13 @@ import torch
 
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import same_random_states
-from lightning_manifold_mixup._step.reads import Reads
+from lightning_manifold_mixup._step.reads import Line, Reads
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
+# Of random numbers whose effect may be small, one draw may look like another.
+_SEEDS = range(2019, 2025)
 # A finding of the pair oracle: no loss has seen the labels.
 UNUSED = "no loss with a gradient used the labels"
 
@@ -92,11 +94,12 @@ def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Ou
     comparison = _Comparison(swapped, plain_run, wrong)
     if comparison.agree:
         return Finding(Verdict.PASSED if comparison.power else Verdict.NO_POWER)
-    again = trials.run(train=train, seed=20190528)
-    if again.loss is None or not _Comparison(again, plain_run, wrong).value[0]:
-        return Finding(Verdict.UNDECIDED, "the loss of the plain batch changes with the random numbers")
-    if comparison.value[0] and not _Comparison(again, plain_run, wrong).gradient[0]:
-        return Finding(Verdict.UNDECIDED, "the gradient of the plain batch changes with the random numbers")
+    for seed in _SEEDS:
+        again = trials.run(train=train, seed=seed)
+        if again.loss is None or not _Comparison(again, plain_run, wrong).value[0]:
+            return Finding(Verdict.UNDECIDED, "the loss of the plain batch changes with the random numbers")
+        if comparison.value[0] and not _Comparison(again, plain_run, wrong).gradient[0]:
+            return Finding(Verdict.UNDECIDED, "the gradient of the plain batch changes with the random numbers")
     return Finding(
         Verdict.FAILED,
         f"when the states at {site.layer!r} and the targets are permuted alike, the loss changes from "
@@ -104,7 +107,7 @@ def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Ou
     )
 
 
-def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
+def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
     """The pair oracle at one layer.
 
     Args:
@@ -113,14 +116,15 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
         mixes: a draw for each group of samples, with one lam.
 
     Returns:
-        The finding, and how many values that depend on the labels are read on the host, without an effect on the loss.
+        The finding, and the lines of code that read values which depend on the labels; unless it has failed, without
+        an effect on the loss.
     """
     labels = trials.run(site, states=mixes, labels=mixes, how="labels")
     partners = trials.run(site, states=mixes, labels=mixes, how="partners")
     if labels.loss is None or partners.loss is None:
-        return Finding(Verdict.NO_POWER), 0
+        return Finding(Verdict.NO_POWER), set()
     if labels.gradient.shape != partners.gradient.shape:
-        return Finding(Verdict.FAILED, "which parameters are used depends on the labels"), 0
+        return Finding(Verdict.FAILED, "which parameters are used depends on the labels"), set()
     lam = float64(mixes[0].lam).to(labels.loss.device)
     wanted = Outcome(
         lam * labels.loss + (1 - lam) * partners.loss,
@@ -128,7 +132,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
         max(labels.precision, partners.precision),
         labels.random,
     )
-    asked = 0
+    lines: set[Line] = set()
     for answers in ((0,), (1,), (-1,), (1, -1), (-1, 1)):  # as it is; then as it might be in another batch
         reads = Reads(answers)
         unfit = len(trials.unfit)
@@ -140,18 +144,18 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, int]:
                 with reads.watch():
                     got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
         except Exception as error:  # whatever the user's code makes of tensors that it was not written for
-            return Finding(Verdict.FAILED, _first_line(error)), asked
+            return Finding(Verdict.FAILED, _first_line(error)), lines
+        lines |= reads.lines
         if got.inspected:
-            return Finding(Verdict.UNDECIDED, "the step asks for `.labels`, `.partners` or `.lam` itself"), asked
+            return Finding(Verdict.UNDECIDED, "the step asks for `.labels`, `.partners` or `.lam` itself"), lines
         finding = _compared(got, wanted, labels, partners)
         if finding.verdict is Verdict.FAILED and answers != (0,):
-            return Finding(Verdict.FAILED, "Python code reads a value that depends on the labels, and uses it"), asked
+            return Finding(Verdict.FAILED, "Python code reads a value that depends on the labels, and uses it"), lines
         if reads.returned:  # its effect may not show in this batch, as where a class is missing
-            return Finding(Verdict.FAILED, "tensors are made of labels that Python code or NumPy has read"), asked
+            return Finding(Verdict.FAILED, "tensors are made of labels that Python code or NumPy has read"), lines
         if finding.verdict is not Verdict.PASSED or not reads.asked:
-            return finding, asked
-        asked = max(asked, reads.asked)
-    return finding, asked
+            return finding, lines
+    return finding, lines
 
 
 def _compared(got: Outcome, wanted: Outcome, labels: Outcome, partners: Outcome) -> Finding:

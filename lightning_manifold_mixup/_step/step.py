@@ -19,6 +19,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.call import Call, loss_of, with_loss
 from lightning_manifold_mixup._step.criteria import plain_metrics
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
@@ -32,30 +33,6 @@ if TYPE_CHECKING:
     from lightning_manifold_mixup.mixing import Mix
 
 How = Literal["superposed", "labels", "partners", "dominant", "other"]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments that Lightning hands to ``training_step``."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def batch(self) -> Any:
-        """The batch among them."""
-        return self.kwargs["batch"] if "batch" in self.kwargs else self.args[0]
-
-    def on(self, batch: Any) -> Call:
-        """The same call with another batch."""
-        if "batch" in self.kwargs:
-            return Call(self.args, {**self.kwargs, "batch": batch})
-        return Call((batch, *self.args[1:]), self.kwargs)
-
-    def of(self, training_step: Callable[..., Any], batch: Any) -> Any:
-        """Calls a training step with another batch."""
-        call = self.on(batch)
-        return training_step(*call.args, **call.kwargs)
 
 
 @dataclass(frozen=True)
@@ -183,17 +160,6 @@ def union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
     return torch.minimum(mask, of_partners) if padding else torch.maximum(mask, of_partners)
 
 
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a training step returned; None if it skips the batch."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
-
-
-def with_loss(output: Any, loss: Tensor) -> Any:
-    """What a training step returned, with another loss."""
-    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
-
-
 class Step:
     """The training step of one batch.
 
@@ -227,11 +193,12 @@ class Step:
             hook.arm(self.mixes)
         superposition = self.superposition
         superposition.open, superposition.used, superposition.reader = True, False, self.reader
+        superposition.failure = None
         try:
             batch = self.site.mixed(call.batch, self.mixes, self.mixes, "superposed", superposition)
             with input_mixed(self.site.layer == INPUT):
                 output = call.of(training_step, batch)
-            self._check(output, hook, superposition, batch)
+            self._check(output, hook, None if superposition.failure else superposition, batch)
             output = plain(output)  # nobody holds the superposed one from here on, unless the step has kept it
             return output
         finally:
@@ -265,6 +232,29 @@ class Step:
             return None
         return with_loss(first, self.superposition.mean(loss, other))
 
+    def after_all(self, output: Any, call: Call, states: Any) -> Any:
+        """Two passes for a batch whose step the module has run already, in one: both on ghosts.
+
+        So the module has run it once. What the ghosts see of it is as the step has left it.
+
+        Args:
+            output: what the step returned.
+            call: what it was called with.
+            states: of the random generators before it; those of PyTorch alone, as a tensor, or all.
+        """
+        after = random_states(self.module.parameters())
+        # Not as they were: those of the devices, which nobody has noted. But the same for both.
+        states = (states, *after[1:]) if isinstance(states, Tensor) else (states[0], after[1], *states[2:])
+        losses = []
+        for how in ("dominant", "other"):
+            ghost = ghost_of(self.module, self.written)
+            set_random_states(states)
+            hook = self.site.hook(ghost, self.mixes, ExitStack())
+            losses.append(self._pass(ghost.training_step, call.on(batch_of_ghosts(call.batch)), how, hook))
+        set_random_states(after)
+        first, second = map(loss_of, losses)
+        return None if first is None or second is None else with_loss(output, self.superposition.mean(first, second))
+
     def _pass(self, training_step: Callable[..., Any], call: Call, how: How, hook: MixingHook | None) -> Any:
         if hook is not None:
             hook.arm(self.mixes)
@@ -284,6 +274,8 @@ class Step:
         plain_metrics(ghost, ExitStack())
         self._mixing = hook = self.site.hook(ghost, self.mixes, ExitStack())
         mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, mixed_call, hook)
+        if passes == 1 and self.superposition.failure is not None:
+            mixed = self.after_all(mixed, mixed_call, states)
         set_random_states(after)
         loss, other = loss_of(clean), loss_of(mixed)
         if loss is None or other is None:

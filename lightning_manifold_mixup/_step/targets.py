@@ -48,6 +48,8 @@ class Superposition:
         inspected: whether the code knows of the superposition: it has asked for one of the labellings.
         open: until :meth:`close`; from then on its tensors are ordinary ones.
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
+        forgiving: whether the step goes on with the dominant labels alone where superposition cannot go on.
+        failure: why it did so.
     """
 
     def __init__(self, lam: Tensor, number: float | None = None) -> None:
@@ -61,6 +63,8 @@ class Superposition:
         self.inspected = False
         self.open = True
         self.reader: Reader | None = None
+        self.forgiving = False
+        self.failure: SuperpositionError | None = None
         self._alive: list[weakref.ref[Tensor]] = []
         self._reduced: Superposition | None = None
 
@@ -106,6 +110,7 @@ class Superposition:
         """Puts a plain tensor into superposition, because labels are written into it."""
         tensor.__class__ = MixedValue if tensor.is_floating_point() or tensor.is_complex() else MixedTarget
         _Superposed._fill(tensor, first, second, self, steady=False, averaged=False)
+        tensor._apart = True  # type: ignore[attr-defined]
 
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """The mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
@@ -126,15 +131,32 @@ class Superposition:
             return one * first + other * second
         return (one * first.to(dtype) + other * second.to(dtype)).to(first.dtype)
 
-    def close(self) -> None:
-        """Ends the superposition: tensors that somebody has kept are plain from now on, and hold the value shown."""
+    def give_up(self, error: SuperpositionError) -> None:
+        """Ends the superposition within the step: what was in it is plain and of the dominant labels.
+
+        Raises:
+            SuperpositionError: ``error``, unless the superposition is forgiving.
+        """
+        if not self.forgiving:
+            raise error
+        self.failure = error
+        self.close(dominant=True)
+
+    def close(self, dominant: bool = False) -> None:
+        """Ends the superposition: tensors that somebody has kept are plain from now on.
+
+        They hold the dominant value, as after one ordinary step; single numbers hold the value shown, as losses do.
+
+        Args:
+            dominant: single numbers hold the dominant value, too.
+        """
         self.open = False
         if self._reduced is not None:
             self._reduced.open = False
         for reference in self._alive:
             if (tensor := reference()) is not None:
                 shown = None
-                if tensor._averaged:  # type: ignore[attr-defined]
+                if tensor._averaged and tensor.ndim == 0 and not dominant:  # type: ignore[attr-defined]
                     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
                         shown = _shown(tensor).detach()
                 tensor.__class__ = Tensor
@@ -153,6 +175,7 @@ class _Superposed(Tensor):
     _superposition: Superposition
     _steady: bool  # comes from labels alone: what is the same under both labellings now will always be
     _averaged: bool  # code that does not know the superposition is shown the mixed value, not the dominant one
+    _apart: bool  # its memory is not that of its first part: it is written into as well
 
     @staticmethod
     def _of(first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool) -> Any:
@@ -164,7 +187,7 @@ class _Superposed(Tensor):
         new: Any, first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool
     ) -> Any:
         new._first, new._second, new._superposition = first, second, superposition
-        new._steady, new._averaged = steady, averaged
+        new._steady, new._averaged, new._apart = steady, averaged, False
         if not torch.compiler.is_compiling():
             superposition._alive.append(weakref.ref(new))
         return new
@@ -305,47 +328,3 @@ def labelling(tree: Any, dominant: bool) -> Any:
         return value._first if dominant or not value._superposition.open else value._second
 
     return apply_to_collection(tree, _Superposed, pick)
-
-
-def paired(first: Any, second: Any, superposition: Superposition, steady: bool = False, averaged: bool = True) -> Any:
-    """One result out of those for the two labellings, in their structure."""
-    if isinstance(first, Tensor):
-        averaged = averaged and first.is_floating_point()
-        return _Superposed._of(first, second, superposition, steady, averaged)
-    if isinstance(first, (tuple, list)) and not isinstance(first, torch.Size):
-        if len(first) == len(second):
-            pairs = [paired(a, b, superposition, steady, averaged) for a, b in zip(first, second, strict=True)]
-            return type(first)(*pairs) if hasattr(first, "_fields") else type(first)(pairs)
-    elif isinstance(first, dict):
-        if first.keys() == second.keys():
-            return {key: paired(first[key], second[key], superposition, steady, averaged) for key in first}
-    elif first is second or first == second:
-        return first
-    raise SuperpositionError(
-        f"Python code would go on with {first!r} for the dominant labels and with {second!r} for the others. {REMEDY}"
-    )
-
-
-REMEDY = (
-    "Put the computation into a function and call `mixed_loss(function, logits, y)`, or into a criterion module "
-    "(nn.Module): both are evaluated as a whole, once for each labelling."
-)
-
-
-def note_use(superposition: Superposition, results: Any) -> bool:
-    """Notes whether a value with a gradient has come of labels in superposition, and tells it."""
-    recorded = any(tensor.requires_grad for tensor in tensors(results))
-    superposition.used |= recorded
-    return recorded
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments or results of a torch function: nested tuples, lists and dicts at most."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors(item)

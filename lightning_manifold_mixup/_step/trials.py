@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import Backwards, batch_of_ghosts, ghost_of, isolated, random_states
-from lightning_manifold_mixup._step.step import Call, How, Site, loss_of
+from lightning_manifold_mixup._step.step import How, Site
 from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
 from lightning_manifold_mixup.mixing import Mix
 
@@ -125,7 +126,7 @@ class Trials:
             if around is not None:
                 around(ghost, stack)
             if not ghost.automatic_optimization:
-                stack.enter_context(Backwards(heads.note_loss))
+                stack.enter_context(Backwards(lambda loss: heads.note_loss(loss, writes=writes.count)))
             output = self.call.of(ghost.training_step, batch)
             states_after = random_states(self.module.parameters())
             if ghost.automatic_optimization and (loss := loss_of(output)) is not None:
@@ -156,6 +157,7 @@ class _Heads:
         self._gradients: list[Tensor] = []
         self._dtypes: set[torch.dtype] = set()
         self._beside: Tensor | None = None
+        self._writes = 0
         for module in ghost.modules():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_hook(self._note).remove)
@@ -164,8 +166,15 @@ class _Heads:
         self._called.pop(module, None)
         self._called[module] = None
 
-    def note_loss(self, loss: Tensor, beside: nn.Parameter | None = None) -> None:
-        """Takes a loss and its gradients, before its graph goes or its parameters change."""
+    def note_loss(self, loss: Tensor, beside: nn.Parameter | None = None, writes: int = 0) -> None:
+        """Takes a loss and its gradients, before its graph goes or its parameters change.
+
+        A loss after weights were written into (``writes`` counts that) is left out: as after an optimizer's step, it
+        may depend on the gradient of the first, and is then no mean of two.
+        """
+        if writes != self._writes and self._losses:
+            return
+        self._writes = writes
         modules = list(self._called)[-_HEADS:] or [self._ghost]
         parameters = [p for m in modules for p in m.parameters(recurse=m is self._ghost) if p.requires_grad]
         if loss.requires_grad:

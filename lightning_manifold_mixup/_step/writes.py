@@ -22,6 +22,7 @@ class Writes(TorchDispatchMode):
 
     Attributes:
         found: those that were written into, or whose ``data`` was replaced.
+        count: how many writes there were so far.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -35,6 +36,7 @@ class Writes(TorchDispatchMode):
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[nn.Parameter] = set()
+        self.count = 0
         # By the address of the memory: a parameter, its `data` and its views are different objects.
         self._owners = {_memory(parameter): (parameter, parameter.data) for parameter in parameters}
         self._before: dict[int, Tensor] = {}
@@ -44,8 +46,10 @@ class Writes(TorchDispatchMode):
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs or {}):
                 memory = _memory(tensor)
-                if memory in self._owners and memory not in self._before:
-                    self._before[memory] = self._owners[memory][1].clone()
+                if memory in self._owners:
+                    self.count += 1
+                    if memory not in self._before:
+                        self._before[memory] = self._owners[memory][1].clone()
         with torch._C.DisableTorchFunction():  # an operation under way is no call of the user's
             return func(*args, **(kwargs or {}))
 

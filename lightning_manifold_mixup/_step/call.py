@@ -1,0 +1,44 @@
+"""A call of ``training_step``, and the loss in what it returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that Lightning hands to ``training_step``."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def batch(self) -> Any:
+        """The batch among them."""
+        return self.kwargs["batch"] if "batch" in self.kwargs else self.args[0]
+
+    def on(self, batch: Any) -> Call:
+        """The same call with another batch."""
+        if "batch" in self.kwargs:
+            return Call(self.args, {**self.kwargs, "batch": batch})
+        return Call((batch, *self.args[1:]), self.kwargs)
+
+    def of(self, training_step: Callable[..., Any], batch: Any) -> Any:
+        """Calls a training step with another batch."""
+        call = self.on(batch)
+        return training_step(*call.args, **call.kwargs)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a training step returned; None if it skips the batch."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """What a training step returned, with another loss."""
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
