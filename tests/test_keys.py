@@ -79,6 +79,10 @@ def test_found_by_itself(batch, inputs, targets):
         ({"image": X, "intent_id": Y}, r"none is known.*\(here maybe 'intent_id'\)"),
         ((Z, (X, Y)), r"such a pair at 1, beside int64 tensor \(4,\). Set `input_key='1.0', target_key='1.1'`"),
         (((X, Y), ["a"] * N), "Set `input_key='0.0', target_key='0.1'`"),
+        ([(x, y) for x, y in zip(X, Y, strict=True)], "got 4 samples in a list. Stack them in the collate function"),
+        ([{"x": x, "y": int(y)} for x, y in zip(X, Y, strict=True)], "got 4 samples in a list. Stack them"),
+        ((X, list(Y)), r"at 1, got 4 tensors with one number each. Make `torch.stack\(labels\)`"),
+        ({"user_id": Y, "item_id": Z, "rating": F}, r"none is known.*\(here maybe 'rating'\)"),
         ({"l": (X, Y), "u": torch.randn(9, 3)}, "Set `input_key='l.0', target_key='l.1'`."),
         (X, "got one tensor. The target is the network's input as well"),
         ((Y, IMAGE), r"the two may be swapped. Set `input_key=1, target_key=0` if they are"),
@@ -172,6 +176,10 @@ def test_packed_inputs():
     places = Keys().locate((nn.utils.rnn.pack_sequence([X, X[:2], X[:2], X[:1]]), Y))
     with pytest.raises(ValueError, match=r"'input' is in S, but the input at 0 is a packed sequence.*Take 'input' out"):
         places.require_inputs()
+
+
+def test_identities_are_inputs_beside_a_target():
+    assert Keys(target_key="rating").locate({"user_id": Y, "item_id": Z, "rating": F}).targets == ("rating",)
 
 
 def test_a_target_that_is_the_input():

@@ -247,6 +247,11 @@ def _number(batch: Any, targets: Sequence[Key], labels: Sequence[Tensor], dim: i
         ValueError: If the targets hold different numbers of samples, or none.
     """
     rows = {label.shape[dim] if label.ndim > dim else None for label in labels}
+    if rows == {None} and len(labels) > 1:
+        raise ValueError(
+            f"Expected targets in a tensor with one row for each sample at {_shown(targets)}, got {len(labels)} "
+            "tensors with one number each. Make `torch.stack(labels)` of them in the collate function."
+        )
     n = rows.pop()
     if n is None or rows:
         raise ValueError(
