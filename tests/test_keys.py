@@ -214,6 +214,16 @@ def test_several_loaders():
     assert (len(places.groups), places.samples(unlabelled)) == (1, 4)
 
 
+def test_a_loader_that_has_come_to_its_end():
+    """`CombinedLoader(mode="max_size")` puts None in its place."""
+    keys = Keys(["a.0", "b.0"], ["a.1", "b.1"])
+    assert keys.locate({"a": (X, Y), "b": (V, Z)}).targets == ("a.1", "b.1")
+    places = keys.locate({"a": (X, Y), "b": None})
+    assert (places.inputs, places.targets, len(places.groups)) == (("a.0",), ("a.1",), 1)
+    with pytest.raises(ValueError, match=r"`target_key='a\.1'` is not in the batch"):
+        keys.locate({"a": None, "b": None})
+
+
 def test_targets_in_one_part_are_one_group():
     batch = {"x": X, "targets": {"a": Y, "b": Z}}
     assert len(Keys(target_key=["targets.a", "targets.b"]).locate(batch).groups) == 1

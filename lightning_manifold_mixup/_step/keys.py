@@ -87,6 +87,7 @@ class Keys:
         paths: dict[Key, tuple[Any, ...]] = {}
 
         def known(keys: Sequence[Key], role: str) -> tuple[Key, ...]:
+            keys = _given(batch, keys)
             paths.update((key, batches.resolve(batch, key, role)) for key in keys)
             return tuple(keys)
 
@@ -202,6 +203,14 @@ def _groups(
                 return None
         groups.append((beside, own))
     return groups
+
+
+def _given(batch: Any, keys: Sequence[Key]) -> list[Key]:
+    """Leave out keys of data loaders that have come to their end: `CombinedLoader` puts None in their place."""
+    parts = {str(part): part for part in batches.children(batch)}
+    ended = {name for name, part in parts.items() if batches.item(batch, part) is None}
+    given = [key for key in keys if str(key).partition(".")[0] not in ended or "." not in str(key)]
+    return given or list(keys)
 
 
 def _parent(key: Key) -> str:
