@@ -128,6 +128,7 @@ class ManifoldMixupCallback(Callback):
         self._plan = Plan()
         self._fit: Fit | None = None
         self._announced = False
+        self._said = ""  # what was found in the batches, in words
 
     @property
     def last_draw(self) -> Draw | None:
@@ -246,6 +247,7 @@ class ManifoldMixupCallback(Callback):
                 "they cannot be mixed on the way. Take `batch` as the argument."
             )
         if stage == "fit":
+            self._said = ""
             check_compiled(pl_module)
             self._plan = Plan()  # a resumed run loads its plan after this; another network needs another one
 
@@ -359,14 +361,14 @@ class ManifoldMixupCallback(Callback):
         chosen = "auto, not yet chosen" if self.layers_ is None else f"{{{', '.join(self.layers_)}}}{how}"
         if self.layers_ is None and self.layers != "auto":
             chosen = f"{self.layers}"
-        return f"Manifold Mixup: alpha {self.alpha}, S = {chosen}"
+        return f"Manifold Mixup: alpha {self.alpha}, S = {chosen}{self._said}"
 
     def _announce(self, places: Any) -> None:
         if self._announced:
             return
         self._announced = True
         keys = {"input": places.inputs, "targets": places.targets, "masks": places.masks}
-        parts = [f"{role} {', '.join(map(repr, found))}" for role, found in keys.items() if found]
-        rank_zero_info(", ".join([str(self), *parts]))
+        self._said = "".join(f", {role} {', '.join(map(repr, found))}" for role, found in keys.items() if found)
+        rank_zero_info(str(self))
         if self.log_mixing and self._fit is not None:
             hyperparameters(self._fit.trainer.loggers, self)

@@ -194,7 +194,7 @@ def test_said_at_the_start(caplog):
 
     callback, [message] = said(layers=LAYERS)
     assert message == "Manifold Mixup: alpha 2.0, S = {input, model.layer1, model.layer2}, input 0, targets 1"
-    assert str(callback) == "Manifold Mixup: alpha 2.0, S = {input, model.layer1, model.layer2}"
+    assert str(callback) == message
     assert callback.layers_ == LAYERS
     _, [message] = said(alpha=0.0)
     assert message == "Manifold Mixup: alpha 0.0, S = auto, not yet chosen: nothing is mixed."

@@ -79,6 +79,10 @@ def test_found_by_itself(batch, inputs, targets):
         ({"image": X, "intent_id": Y}, r"none is known.*\(here maybe 'intent_id'\)"),
         ((Z, (X, Y)), r"such a pair at 1, beside int64 tensor \(4,\). Set `input_key='1.0', target_key='1.1'`"),
         (((X, Y), ["a"] * N), "Set `input_key='0.0', target_key='0.1'`"),
+        ([(x, y) for x, y in zip(X, Y, strict=True)], "got 4 samples in a list. Stack them in the collate function"),
+        ([{"x": x, "y": int(y)} for x, y in zip(X, Y, strict=True)], "got 4 samples in a list. Stack them"),
+        ((X, list(Y)), r"at 1, got 4 tensors with one number each. Make `torch.stack\(labels\)`"),
+        ({"user_id": Y, "item_id": Z, "rating": F}, r"none is known.*\(here maybe 'rating'\)"),
         ({"l": (X, Y), "u": torch.randn(9, 3)}, "Set `input_key='l.0', target_key='l.1'`."),
         (X, "got one tensor. The target is the network's input as well"),
         ((Y, IMAGE), r"the two may be swapped. Set `input_key=1, target_key=0` if they are"),
@@ -174,6 +178,10 @@ def test_packed_inputs():
         places.require_inputs()
 
 
+def test_identities_are_inputs_beside_a_target():
+    assert Keys(target_key="rating").locate({"user_id": Y, "item_id": Z, "rating": F}).targets == ("rating",)
+
+
 def test_a_target_that_is_the_input():
     with pytest.raises(ValueError, match=r"an input beside the target 0.*let the dataset return \(x, x\)"):
         Keys(target_key=0).locate([X])
@@ -204,6 +212,16 @@ def test_several_loaders():
     unlabelled = {"l": (X, Y), "u": (torch.randn(9, 3),)}
     places = Keys("l.0", "l.1").locate(unlabelled)
     assert (len(places.groups), places.samples(unlabelled)) == (1, 4)
+
+
+def test_a_loader_that_has_come_to_its_end():
+    """`CombinedLoader(mode="max_size")` puts None in its place."""
+    keys = Keys(["a.0", "b.0"], ["a.1", "b.1"])
+    assert keys.locate({"a": (X, Y), "b": (V, Z)}).targets == ("a.1", "b.1")
+    places = keys.locate({"a": (X, Y), "b": None})
+    assert (places.inputs, places.targets, len(places.groups)) == (("a.0",), ("a.1",), 1)
+    with pytest.raises(ValueError, match=r"`target_key='a\.1'` is not in the batch"):
+        keys.locate({"a": None, "b": None})
 
 
 def test_targets_in_one_part_are_one_group():

@@ -319,6 +319,26 @@ def test_a_module_that_has_a_training_step_only():
         eligible_layers(module, (batch["image"], batch["label"], batch["label"]))
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda self, batch: self.loss(batch),
+        lambda self, batch, i: self.loss(batch),
+        lambda self, batch, batch_idx=0, optimizer=None: self.loss(batch),
+    ],
+    ids=["one", "two", "more"],
+)
+def test_arguments_of_a_training_step(step):
+    class Step(StepOnly):
+        training_step = step
+
+        def loss(self, batch):
+            return F.cross_entropy(self.net(batch["image"]), batch["label"])
+
+    batch = {"image": torch.randn(6, 8), "label": torch.arange(6) % 5}
+    assert eligible_layers(Step(), batch).default == ["input", "net.2"]
+
+
 def test_dims_of_a_packed_output():
     rnn = nn.LSTM(3, 4, batch_first=True)
     assert sample_dims([(13, 4), (1, 5, 4), (1, 5, 4)], n=5, module=rnn) == (None, 1, 1)

@@ -76,6 +76,34 @@ def test_a_teacher(layer, batches):
     assert_equal(module, step, seen, batches)
 
 
+class OnlyDistils(Distils):
+    """Its labels are for validation."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            soft = self.teacher(batch[0]).tanh()
+        return F.mse_loss(self.net(batch[0]), soft)
+
+
+@pytest.mark.parametrize("layers", [["net.1"], ["input"], "auto"], ids=str)
+def test_a_teacher_alone(layers, batches):
+    module = OnlyDistils()
+    seen, _ = train(module, batches, ManifoldMixupCallback(layers=layers, seed=0, target_modules=["teacher"]))
+    if layers == "auto":
+        assert seen[0][0] is None
+    batches = list(batches)[len(seen) - sum(draw is not None for draw, *_ in seen) :]
+    seen = [mixed for mixed in seen if mixed[0] is not None]
+    for mixed, batch in zip(seen, batches, strict=True):
+
+        def step(twin, batch, choose, mix, at_input=mixed[0].layer == "input"):
+            x = mix(batch[0]) if at_input else batch[0]
+            h, soft = twin.net[:2](x), twin.teacher(x)
+            logits = twin.net[2](h if at_input else mix(h))
+            return F.mse_loss(logits, (soft if at_input else mix(soft)).tanh().detach())
+
+        assert_equal(module, step, [mixed], [batch])
+
+
 def assert_equal(module, step, seen, batches):
     for (draw, weights, value, grads), batch in zip(seen, batches, strict=True):
         wanted, wanted_grads = by_hand(module, step, batch, draw, weights)

@@ -131,6 +131,7 @@ CLASS_STEPS = {
     ),
     "written into": (BINARY, lambda z, y: (z[:, 0] * _weights(y)).mean(), "`eq` in "),
     "signs": (2 * BINARY - 1, lambda z, y: F.cosine_embedding_loss(z, X[:, :C], y), "`cosine_embedding_loss` in "),
+    "side of a margin": (2 * BINARY - 1, lambda z, y: F.relu(1 - z[:, 0] * y).pow(2).mean(), "`mul` in "),
     "categorical": (CLASSES, lambda z, y: -torch.distributions.Categorical(logits=z).log_prob(y).mean(), "`long` in "),
     "both losses of one column": (
         BINARY,
@@ -162,6 +163,7 @@ JOINT_STEPS = {
     "event": (LABELS, BINARY, lambda z, time, event: -(event * z.log_softmax(1).gather(1, time[:, None])[:, 0]).mean()),
     "value of a class": (LABELS, VALUES, lambda z, y, v: F.mse_loss(z.gather(1, y[:, None])[:, 0], v)),
     "valid pixels": (LABELS > 1, VALUES, lambda z, valid, depth: F.l1_loss(z[:, 0][valid], depth[valid])),
+    "observed": (BINARY > 0, VALUES, lambda z, seen, v: (F.l1_loss(z[:, 0], v, reduction="none") * seen).mean()),
     "scale": (VALUES, BINARY + 1, lambda z, y, scale: F.mse_loss(z[:, 0], y / scale)),
 }
 APART_STEPS = {

@@ -60,10 +60,12 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
             text += f"; if it is an input, `input_key={[*places.inputs, *found]}`"
         return text + "."
     if site.layer != INPUT and _labels_enter_before(trials, site, mixes, train):
+        views = any(_is_float(batches.get(batch, key)) for key in targets)
+        nothing = " If they are a second view of the samples and no labels, mix at 'input' alone." if views else ""
         return (
             f"The targets also enter the network before {site.layer!r} (as an input, or in teacher forcing), so its "
             "state depends on them. Mix at a layer before they enter, or hand them to the network and to the loss "
-            "under two keys of the batch."
+            f"under two keys of the batch.{nothing}"
         )
     for dim in (0, 1):
         if site.layer != INPUT and restored(dataclasses.replace(site, batch_dim=dim, dims={})):

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.batch import Key, children, item, joined
-from lightning_manifold_mixup._step.names import INPUTS, TARGETS, is_mask, label_candidates, name_of, never_a_label
+from lightning_manifold_mixup._step.names import (
+    INPUTS,
+    TARGETS,
+    is_mask,
+    label_candidates,
+    name_of,
+    never_a_label,
+    says_nothing,
+)
 
 _IMAGES = ("image", "images", "img", "imgs", "pixel_values")
 
@@ -128,9 +136,7 @@ def has_inputs_beside(batch: Any, targets: Sequence[Key]) -> bool:
     paths = [".".join(map(str, batches.resolve(batch, key))) for key in targets]
     beside = [str(key) for key, _ in batches.leaves(batch)]
     beside = [key for key in beside if not any(f"{key}.".startswith(f"{path}.") for path in paths)]
-    return any(
-        name_of(key) in INPUTS or not (never_a_label(key) or is_mask(key) or name_of(key) in TARGETS) for key in beside
-    )
+    return not all(is_mask(key) or name_of(key) in TARGETS or says_nothing(key) for key in beside)
 
 
 def target_is_input(batch: Any) -> str:
@@ -178,6 +184,9 @@ def _suggestions(batch: Any, inputs: Sequence[Key]) -> list[Key]:
     found = list(inputs) or [k for k, _ in batches.leaves(batch) if name_of(k) in INPUTS]
     if not found and isinstance(batch, Sequence) and batch:
         found = [0]
+    told = _telling(batch, children(batch))
+    if not found and len(told) == 1:
+        return [joined(told)]
     rows = [len(t) for key in found for t in batches.tensors(batches.get(batch, key)) if t.ndim]
     named = [k for k, _ in batches.leaves(batch) if name_of(k) in TARGETS]
     if named or not rows:
@@ -247,6 +256,11 @@ def _loaders(batch: Any) -> str | None:
     if not keys or hasattr(batch, "node_types"):
         return None
     found = [(key, part, _pair_in(part)) for key, part in zip(keys, parts, strict=True)]
+    if all(pair is not None and _is_number(batches.get(part, pair[1])) for _, part, pair in found):
+        return (
+            f"Expected the tensors of a whole batch, got {len(parts)} samples in a {type(batch).__name__}. Stack them "
+            f"in the collate function of the data loader. The batch is:\n{batches.describe(batch)}"
+        )
     if not all(len(children(part)) for part in parts) and not all(
         isinstance(batch, Mapping) and (pair is None or _in_rows(part, pair[0])) for _, part, pair in found
     ):
@@ -266,6 +280,10 @@ def _loaders(batch: Any) -> str | None:
         f"(several dataloaders). Set `input_key={inputs!r}, target_key={targets!r}`{own}.{other} "
         f"The batch is:\n{batches.describe(batch)}"
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _in_rows(part: Any, key: Key) -> bool:

@@ -17,7 +17,7 @@ from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import Superposition, labelling
 from lightning_manifold_mixup._step.usage import LabelUse
 from lightning_manifold_mixup._step.writes import Writes
-from lightning_manifold_mixup.layers import LayerReport, observe
+from lightning_manifold_mixup.layers import LayerReport, named_layers, observe
 from lightning_manifold_mixup.mixing import Mix
 
 
@@ -75,7 +75,14 @@ def watch(
         def observed(batch: Any, labels: list[Tensor]) -> tuple[Any, LayerReport | None]:
             aside = [*places.masks, *(key for key in places.targets if key not in places.shared)]
             inputs = list(batches.without(batch, aside))
-            with observe(root, inputs, labels, batch_size=samples, batch_dim=site.batch_dim) as seen, use:
+            with ExitStack() as hooks:
+                seen = hooks.enter_context(observe(root, inputs, labels, samples, site.batch_dim))
+                for name in site.target_modules:
+                    hook = named_layers(root)[name].register_forward_hook(
+                        lambda _, args, output: seen.add_targets(output)
+                    )
+                    hooks.callback(hook.remove)
+                hooks.enter_context(use)
                 output = call.of(training_step, batch)
             if output is None and module.automatic_optimization:  # the step skips this batch
                 return output, None

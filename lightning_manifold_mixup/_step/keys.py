@@ -87,6 +87,7 @@ class Keys:
         paths: dict[Key, tuple[Any, ...]] = {}
 
         def known(keys: Sequence[Key], role: str) -> tuple[Key, ...]:
+            keys = _given(batch, keys)
             paths.update((key, batches.resolve(batch, key, role)) for key in keys)
             return tuple(keys)
 
@@ -204,6 +205,14 @@ def _groups(
     return groups
 
 
+def _given(batch: Any, keys: Sequence[Key]) -> list[Key]:
+    """Leave out keys of data loaders that have come to their end: `CombinedLoader` puts None in their place."""
+    parts = {str(part): part for part in batches.children(batch)}
+    ended = {name for name, part in parts.items() if batches.item(batch, part) is None}
+    given = [key for key in keys if str(key).partition(".")[0] not in ended or "." not in str(key)]
+    return given or list(keys)
+
+
 def _parent(key: Key) -> str:
     return str(key).rpartition(".")[0]
 
@@ -247,6 +256,11 @@ def _number(batch: Any, targets: Sequence[Key], labels: Sequence[Tensor], dim: i
         ValueError: If the targets hold different numbers of samples, or none.
     """
     rows = {label.shape[dim] if label.ndim > dim else None for label in labels}
+    if rows == {None} and len(labels) > 1:
+        raise ValueError(
+            f"Expected targets in a tensor with one row for each sample at {_shown(targets)}, got {len(labels)} "
+            "tensors with one number each. Make `torch.stack(labels)` of them in the collate function."
+        )
     n = rows.pop()
     if n is None or rows:
         raise ValueError(

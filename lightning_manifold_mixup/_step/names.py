@@ -23,6 +23,10 @@ _MASK = re.compile(r"(^|.*_)masks?$|^mask_.*|.*(train|val|test|pad|padding)mask$
 # What a decoder is given is made from the labels, and so is its mask.
 _ATTENTION_MASK = re.compile(r"^(?!decoder_)((.+_)?(attention|attn)|input|pixel)_mask$")
 _LABEL_IDS = re.compile(r"^(labels?|targets?|class|cls|category)_(ids?|idx|index)$|.*_(labels?|targets?)$")
+_NO_INPUT = re.compile(
+    r"(id|ids|idx|idxs|index|indices|uid|uuid)|(token_type|position|segment)_ids|(^|.*_)(len|lens|length|lengths|weight|"
+    r"weights|path|file|filename|ptr|batch)"
+)
 _LENGTH = re.compile(r"(^|.*_)(len|lens|length|lengths)$")
 # Beside masks: lengths, identities, indices, weights, and the bookkeeping of graph batches.
 _NO_LABEL = re.compile(
@@ -44,6 +48,16 @@ def is_mask(key: Key) -> bool:
         (True, False)
     """
     return _MASK.fullmatch(name_of(key)) is not None and _LABEL_IDS.fullmatch(name_of(key)) is None
+
+
+def says_nothing(key: Key) -> bool:
+    """Whether a name rules out an input of the network: the number of a sample, its length or weight, token types.
+
+    Example:
+        >>> says_nothing("idx"), says_nothing("token_type_ids"), says_nothing("user_id")
+        (True, True, False)
+    """
+    return _NO_INPUT.fullmatch(name_of(key)) is not None
 
 
 def is_length(key: Key) -> bool:

@@ -210,7 +210,7 @@ class Proof:
                 self.harmless |= lines
             if finding.reason != UNUSED:
                 self._verdicts["pair", site.layer] = finding.verdict
-            else:
+            elif not site.target_modules:  # which may be all that the loss compares with
                 failure = (
                     f"Manifold Mixup: {UNUSED}, which it takes from elsewhere. Set `target_key` (now "
                     f"{list(site.places.targets)}) to the key of the labels, or to a list of keys; where the input is "

@@ -120,6 +120,8 @@ class Site:
                 f"Expected a target of {n} samples in dimension {dim}, as the batch has, got shape "
                 f"{tuple(target.shape)}."
             )
+        if target.layout != torch.strided:
+            raise TypeError(f"A sparse target ({target.layout}) cannot be mixed: hand it on as `y.to_dense()`.")
         if target.dtype == torch.float16 or target.is_complex():
             raise TypeError(
                 f"A target of dtype {target.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft "
@@ -290,6 +292,8 @@ class Step:
             return
         if self.site.layer != INPUT and hook is not None and not hook.calls:
             raise self.unmixed()
+        if self.site.target_modules:  # they may be all that the loss compares with
+            return
         if superposition is not None and superposition.holds_labels and not superposition.used:
             raise self.unused_target(batch)
 

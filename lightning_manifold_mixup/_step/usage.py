@@ -55,6 +55,7 @@ _FLAGS = {
     "cosine_embedding_loss", "hinge_embedding_loss", "margin_ranking_loss", "soft_margin_loss",
 }  # fmt: skip
 
+_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 _LINE = 100
 """Characters of a line of code that a message shows."""
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -88,9 +89,10 @@ class _Origin(NamedTuple):
 
 @dataclass
 class _Target:
-    """The numbers of a target's columns, and what was seen of them."""
+    """The numbers of a target's columns, whether it holds nothing but 1 and -1, and what was seen of it."""
 
     numbers: range
+    signs: bool
     values: set[int] = field(default_factory=set)
     classes: set[int] = field(default_factory=set)
     value_line: str = ""
@@ -136,7 +138,8 @@ class LabelUse(TorchFunctionMode):
                 self._origins[target] = _Origin(known | {key}, {})
                 if target.is_floating_point():
                     columns = _columns(target)
-                    self._targets[key] = _Target(range(start, start + columns[1]))
+                    signs = bool((target.abs() == 1).all()) and bool((target < 0).any())
+                    self._targets[key] = _Target(range(start, start + columns[1]), signs)
                     self._labels[target] = _Label(columns[0] + start, frozenset(), "")
                     start += columns[1]
 
@@ -216,7 +219,7 @@ class LabelUse(TorchFunctionMode):
         values = frozenset().union(*(_numbers(label.columns) for label in labels))
         line = next((label.line for label in labels if label.line), "")
         if trained:
-            if name in _FLAGS:
+            if name in _FLAGS or (name in _PRODUCTS and self._hold_signs(values)):
                 classes, line = classes | values, line or _place(name)
             self._note(name, values, classes, line)
             return
@@ -236,6 +239,11 @@ class LabelUse(TorchFunctionMode):
                     made, columns, line = classes | values, frozenset(), line or _place(name)
             self._labels[result] = _Label(columns, made, line)
 
+    def _hold_signs(self, values: Iterable[int]) -> bool:
+        """Whether what is multiplied with a prediction comes from targets that say on which side it should be."""
+        values = set(values)
+        return all(target.signs for target in self._targets.values() if values.intersection(target.numbers))
+
     def _trace(self, name: str, read: list[Tensor], results: list[Tensor], trained: bool) -> None:
         """Note which targets the results come from, and which of these were read together."""
         found = {id(tensor): self._origins[tensor] for tensor in read if tensor in self._origins}
@@ -243,11 +251,10 @@ class LabelUse(TorchFunctionMode):
             return
         keys = frozenset().union(*(origin.keys for origin in found.values()))
         joint = {key: line for origin in found.values() for key, line in origin.joint.items()}
-        if len(keys) > 1 and name not in _SUMS and not in_torchmetrics():
-            for tensor in read:
-                values = tensor in self._labels and _numbers(self._labels[tensor].columns)
-                if values and keys != found[id(tensor)].keys:
-                    joint = dict.fromkeys(keys, _place(name)) | joint
+        different = len({origin.keys for origin in found.values()}) > 1
+        if different and name not in _SUMS and not in_torchmetrics():
+            labels = [t for t in read if id(t) in found and not t.requires_grad and t not in self._predictions]
+            joint = (dict.fromkeys(keys, _place(name)) if labels else {}) | joint
         for result in results:
             self._origins[result] = _Origin(keys, joint)
         if trained:

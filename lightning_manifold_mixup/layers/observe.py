@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -55,6 +56,12 @@ class Observation:
         rows = Rows(tuple(self._batch_sizes), self._batch_dim, self._other_rows)
         layers, sinks_found = analyse(self._root, self._calls, self._flow, ends, rows)
         return make_report(layers, type(self._root).__name__, rows, sinks_found)
+
+    def add_targets(self, outputs: Any) -> None:
+        """Make what a module has just returned part of the targets, a teacher's output for instance."""
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors(outputs):
+                self._flow.add_target(tensor)
 
     def _enter_input(self, inputs: Any) -> None:
         marks, shapes = [], []
@@ -222,10 +229,11 @@ def has_forward(model: nn.Module) -> bool:
 
 def _of_training_step(model: Any, batch: Any, batch_size: int | None, batch_dim: int | None) -> LayerReport:
     places = Keys().locate(batch, batch_dim)
-    inputs, targets = list(batches.without(batch, places.targets)), places.targets_of(batch)
-    arguments = (batch, 0) if "batch_idx" in inspect.signature(model.training_step).parameters else (batch,)
+    inputs = list(batches.without(batch, [*places.targets, *places.masks]))
+    two = is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2)  # the question that Lightning asks
+    arguments = (batch, 0) if two else (batch,)
     n = places.samples(batch) if batch_size is None else batch_size
-    with observe(model, inputs, targets, batch_size=n, batch_dim=batch_dim) as seen:
+    with observe(model, inputs, places.targets_of(batch), batch_size=n, batch_dim=batch_dim) as seen:
         output = model.training_step(*arguments)
     report = seen.report()
     return report if report.sinks_found else seen.report(output)
