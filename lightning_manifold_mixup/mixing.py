@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, isfinite
 from numbers import Real
 from typing import Any, TypeVar
@@ -37,8 +37,15 @@ from lightning_manifold_mixup._step.targets import MixedTarget, MixingError
 T = TypeVar("T")
 
 
+class _Known:
+    """What is no field of a draw: the compiler of torch 2.6 makes a new graph for another value of any field."""
+
+    _permutation: bool  # known not to repeat: has the faster gradient
+    _number: float | None  # lam, where the host knows it: nobody has to ask a device
+
+
 @dataclass(frozen=True, eq=False)
-class Mix:
+class Mix(_Known):
     """One draw: how each sample of a minibatch is mixed with its partner.
 
     Attributes:
@@ -61,8 +68,6 @@ class Mix:
 
     lam: Tensor
     partners: Tensor
-    _permutation: bool = field(init=False, repr=False)  # known not to repeat: has the faster gradient
-    _number: float | None = field(init=False, repr=False)  # lam, where the host knows it: nobody has to ask a device
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_permutation", _check(self.lam, self.partners))

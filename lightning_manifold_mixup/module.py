@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from weakref import WeakSet
 
 import lightning.pytorch as pl
@@ -51,6 +51,10 @@ class MixupOptions(TypedDict, total=False):
     passes: Passes
     seed: int | None
     log_mixing: bool
+
+
+# Instead of their names, which jsonargparse before 4.50 takes for types that it cannot check.
+MixupOptions.__annotations__ = get_type_hints(MixupOptions)
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_manifold_mixup.cli.training import Prepared
 from tests.scale import ACCUMULATE, SIZES, batches_of, data, network
 
 BATCHES = len(SIZES[0])
@@ -86,3 +88,27 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(runs):
         for resumed, uninterrupted in zip(result["drawn"], four[rank]["drawn"][BATCHES:], strict=True):
             assert resumed[:2] == uninterrupted[:2]
             assert resumed[2].tolist() == uninterrupted[2].tolist()
+
+
+CLUSTERS = {
+    "slurm": {
+        "SLURM_JOB_ID": 7, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": 8, "SLURM_NTASKS_PER_NODE": 4, "SLURM_PROCID": 5,
+        "SLURM_NODEID": 1, "SLURM_LOCALID": 1, "SLURM_NODELIST": "first,second",
+    },
+    "torchrun": {
+        "TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4, "RANK": 5, "GROUP_RANK": 1, "LOCAL_RANK": 1,
+        "MASTER_ADDR": "first", "MASTER_PORT": 29500,
+    },
+}  # fmt: skip
+"""What a process is told: here the second one on the second of two nodes."""
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_recipe_of_a_cluster(name, monkeypatch):
+    for variable, value in CLUSTERS[name].items():
+        monkeypatch.setenv(variable, str(value))
+    cli = Prepared(["--config", "digits", "--config", name, "--trainer.accelerator=cpu"], run=False)
+    cli.make()
+    ranks = (cli.trainer.world_size, cli.trainer.global_rank, cli.trainer.node_rank, cli.trainer.local_rank)
+    assert ranks == (8, 5, 1, 1)
+    assert isinstance(cli.trainer.strategy, DDPStrategy)
