@@ -127,7 +127,7 @@ class TestHost:
         callback = ManifoldMixupCallback(layers=LAYERS)
         assert callback in host.Trainer(callbacks=callback, **OPTIONS).callbacks
 
-    def test_evaluation_of_a_data_module_by_a_callback_of_the_user(self, host):
+    def test_evaluation_of_a_data_module_by_a_callback_of_the_user(self, host, tmp_path):
         class Own(CalibrationCallback):
             pass
 
@@ -135,7 +135,7 @@ class TestHost:
             def test_dataloader(self):
                 return loader()
 
-        callback, module = Own(lams=[]), classifier(host)
+        callback, module = Own(lams=[], dirname=str(tmp_path)), classifier(host)
         host.Trainer(callbacks=callback, **OPTIONS).test(module, Data(), verbose=False)
         [row] = [row for row in callback.rows if row["inputs"] == "data"]
         x, y = loader().dataset.tensors
