@@ -151,7 +151,9 @@ def test_other_schedules_end_with_the_last_epoch(name: str, samples: int) -> Non
     assert steps in (schedule.get("total_steps"), schedule.get("T_max"))
 
 
-@pytest.mark.parametrize("name", ["diabetes", "diabetes-overfit", "friedman", "shapes", "digits-calibration"])
+@pytest.mark.parametrize(
+    "name", ["diabetes", "diabetes-overfit-cmixup", "friedman", "friedman-cmixup", "shapes", "digits-calibration"]
+)
 def test_a_recipe_trains_and_tests(name: str, tmp_path) -> None:
     options = ["--trainer.max_steps=2", "--trainer.num_sanity_val_steps=0", "--trainer.logger=false"]
     cli = Prepared(["--config", name, *options, f"--trainer.default_root_dir={tmp_path}"], run=False)
