@@ -23,7 +23,7 @@ from lightning_manifold_mixup.paper import recipes
 
 __all__ = ["LINKED", "asked_for", "class_of", "links", "value"]
 
-LINKED = ("num_classes", "in_channels", "in_features", "vocabulary_size")
+LINKED = ("num_classes", "in_channels", "in_features", "vocabulary_size", "word_vectors")
 """Arguments of a model, or of its network, that are taken from attributes of the data module."""
 
 

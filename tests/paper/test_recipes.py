@@ -151,7 +151,9 @@ def test_other_schedules_end_with_the_last_epoch(name: str, samples: int) -> Non
     assert steps in (schedule.get("total_steps"), schedule.get("T_max"))
 
 
-@pytest.mark.parametrize("name", ["diabetes", "diabetes-overfit", "friedman", "shapes", "digits-calibration"])
+@pytest.mark.parametrize(
+    "name", ["diabetes", "diabetes-overfit-cmixup", "friedman", "friedman-cmixup", "shapes", "digits-calibration"]
+)
 def test_a_recipe_trains_and_tests(name: str, tmp_path) -> None:
     options = ["--trainer.max_steps=2", "--trainer.num_sanity_val_steps=0", "--trainer.logger=false"]
     cli = Prepared(["--config", name, *options, f"--trainer.default_root_dir={tmp_path}"], run=False)
@@ -163,11 +165,13 @@ def test_a_recipe_trains_and_tests(name: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["text", "text-embedding", "text-features", "text-lstm-tenth"])
 def test_text_recipes_on_a_file(name: str, tmp_path) -> None:
     file = tmp_path / "reviews.tsv"
-    file.write_text("label\ttext\n" + "good\tfine and dandy\nbad\tawful stuff\n" * 100)
+    rows = [f"good\tfine and word{i % 60}\nbad\tawful stuff\n" for i in range(600)]
+    file.write_text("label\ttext\n" + "".join(rows))
     options = ["--trainer.max_steps=2", "--trainer.logger=false", f"--data.init_args.train_file={file}"]
     cli = Prepared(["--config", name, *options, f"--trainer.default_root_dir={tmp_path}"], run=False)
     cli.make()
-    assert cli.model.model.embedding.num_embeddings == 5 + 2
+    assert cli.model.model.embedding.num_embeddings == 60 + 4 + 2
+    torch.testing.assert_close(cli.model.model.embedding.weight, cli.datamodule.word_vectors)
     assert cli.model.model.linear.out_features == 2
     assert type(cli.model.model).__name__ == ("TextLSTM" if "lstm" in name else "TextConvNet")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from lightning_manifold_mixup import ManifoldMixupModule, Mix, eligible_layers, mixing
 from lightning_manifold_mixup.paper.data import TextDataModule
 from lightning_manifold_mixup.paper.data.text import Vocabulary, read_labelled_text
+from lightning_manifold_mixup.paper.data.word_vectors import word_vectors
 from lightning_manifold_mixup.paper.models import TextConvNet, TextLSTM
 from tests.helpers import trainer as make_trainer
 
@@ -82,6 +83,23 @@ class TestDataModule:
         assert data.vocabulary_size == len(seen.vocabulary_) + 2
         assert data.class_names == ("HUM", "LOC", "NUM")
 
+    def test_word_vectors_are_made_of_all_that_is_not_held_out(self, lines: str) -> None:
+        data = TextDataModule(lines, test_size=8, val_size=8, train_size=0.5, vectors_dim=4, seed=3)
+        plain = TextDataModule(lines, test_size=8, val_size=8, train_size=0.5, seed=3)
+        assert plain.word_vectors is None
+        for split in ("train", "val", "test"):
+            assert data.indices(split) == plain.indices(split)
+        held_out = {*data.indices("val"), *data.indices("test")}
+        texts, _ = read_labelled_text(lines)
+        known = [text for i, text in enumerate(texts) if i not in held_out]
+        words = Vocabulary(known)
+        assert data.vocabulary_size == len(words) > plain.vocabulary_size
+        expected = word_vectors([words.encode(text) for text in known], len(words), 4)
+        vectors = data.word_vectors
+        assert vectors is not None
+        torch.testing.assert_close(vectors, expected)
+        assert vectors.norm(dim=1).gt(0.99).sum() == len(words) - 2
+
     def test_a_batch_is_padded_to_its_longest(self, lines: str) -> None:
         data = TextDataModule(lines, test_size=0.25, batch_size=40, max_length=6)
         tokens, labels = next(iter(data.train_dataloader()))
@@ -108,6 +126,15 @@ class TestNetworks:
         batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         alone = torch.cat([model(row[None]) for row in rows])
         torch.testing.assert_close(model(F.pad(batch, (0, 5))), alone)
+
+    def test_word_vectors_given_and_random(self, network: type) -> None:
+        vectors = torch.randn(30, 5)
+        model = network(30, 4, embedding_dim=5, word_vectors=vectors)
+        torch.testing.assert_close(model.embedding.weight[1:], vectors[1:])
+        assert not model.embedding.weight[0].any()
+        assert network(30, 4).embedding.weight.abs().max() <= 0.1
+        with pytest.raises(ValueError, match=r"shape \(30, 6\), got \(30, 5\): set embedding_dim"):
+            network(30, 4, embedding_dim=6, word_vectors=vectors)
 
     def test_layers(self, network: type) -> None:
         tokens = torch.randint(1, 30, (7, 9))

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset
 from lightning_manifold_mixup.paper.data.splits import split_by_class
+from lightning_manifold_mixup.paper.data.word_vectors import word_vectors
 
 __all__ = ["PADDING", "UNKNOWN", "TextDataModule", "TextDataset", "Vocabulary", "read_labelled_text"]
 
@@ -22,6 +23,8 @@ PADDING = 0
 
 UNKNOWN = 1
 """The token id of words that are not in the vocabulary."""
+
+_NotHeldOut = Literal["not held out"]
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -159,11 +162,14 @@ class TextDataModule(ClassificationDataModule):
         train_size: train on that many of what is then left, a number or a share, likewise; None for all.
         min_count: a word in fewer training texts than this is unknown.
         max_length: words of a text beyond this are cut off.
+        vectors_dim: make ``word_vectors`` with that many numbers from all texts of the training file that are not held
+            out, those that ``train_size`` leaves without labels too, whose words are then in the vocabulary; None for
+            no vectors.
         text_column, label_column, encoding: see ``read_labelled_text``.
         kwargs: the arguments of ``ClassificationDataModule``.
 
     Attributes:
-        num_classes, vocabulary_size, class_names: what a model needs to know.
+        num_classes, vocabulary_size, class_names, word_vectors: what a model needs to know.
 
     Example:
         >>> import tempfile
@@ -188,6 +194,7 @@ class TextDataModule(ClassificationDataModule):
         text_column: str = "text",
         label_column: str = "label",
         encoding: str = "utf-8",
+        vectors_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -196,6 +203,7 @@ class TextDataModule(ClassificationDataModule):
         self.train_file, self.test_file = train_file, test_file
         self.test_size, self.val_size, self.train_size = test_size, val_size, train_size
         self.min_count, self.max_length = min_count, max_length
+        self.vectors_dim = vectors_dim
         self.text_column, self.label_column, self.encoding = text_column, label_column, encoding
         self._read: dict[str, tuple[list[str], list[str]]] = {}
         self._vocabulary: Vocabulary | None = None
@@ -207,11 +215,19 @@ class TextDataModule(ClassificationDataModule):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The words of the texts to train on."""
+        """The words of the texts to train on, and of those without labels that ``word_vectors`` are made from."""
         if self._vocabulary is None:
-            texts = self._file(self.train_file)[0]
-            self._vocabulary = Vocabulary([texts[i] for i in self.indices("train")], self.min_count)
+            known: Split | _NotHeldOut = "train" if self.vectors_dim is None else "not held out"
+            self._vocabulary = Vocabulary(self._texts(known), self.min_count)
         return self._vocabulary
+
+    @property
+    def word_vectors(self) -> Tensor | None:
+        """Vectors (vocabulary_size, vectors_dim) to start an embedding from; None without ``vectors_dim``."""
+        if self.vectors_dim is None:
+            return None
+        sentences = [self.vocabulary.encode(text) for text in self._texts("not held out")]
+        return word_vectors(sentences, self.vocabulary_size, self.vectors_dim)
 
     @property
     def vocabulary_size(self) -> int:
@@ -225,22 +241,24 @@ class TextDataModule(ClassificationDataModule):
         if split == "test" and self.test_file is not None:
             texts, _ = self._file(self.test_file)
             return self._encoded(texts, self._labels(self.test_file))
-        indices = self.indices(split)
-        texts, _ = self._file(self.train_file)
-        return self._encoded([texts[i] for i in indices], self._labels(self.train_file)[indices])
-
-    def indices(self, split: Split) -> list[int]:
-        """Find the samples of the training file that belong to a split."""
-        labels = self._labels(self.train_file)
-        rest, test = split_by_class(labels, self.test_size if self.test_file is None else 0, self.generator())
-        kept, val = split_by_class(labels[rest], self.val_size, self.generator())
-        train = rest[kept]
-        if self.train_size is not None:
-            train = train[split_by_class(labels[train], self.train_size, self.generator())[1]]
-        return {"train": train, "val": rest[val], "test": test}[split].tolist()
+        return self._encoded(self._texts(split), self._labels(self.train_file)[self.indices(split)])
 
     def _encoded(self, texts: Sequence[str], labels: Tensor) -> TextDataset:
         return TextDataset([self.vocabulary.encode(text)[: self.max_length] for text in texts], labels)
+
+    def _texts(self, split: Split | _NotHeldOut) -> list[str]:
+        texts, _ = self._file(self.train_file)
+        return [texts[i] for i in self.indices(split)]
+
+    def indices(self, split: Split | _NotHeldOut) -> list[int]:
+        """Find the samples of the training file that belong to a split, or to neither validation nor test."""
+        labels = self._labels(self.train_file)
+        rest, test = split_by_class(labels, self.test_size if self.test_file is None else 0, self.generator())
+        kept, val = split_by_class(labels[rest], self.val_size, self.generator())
+        train = not_held_out = rest[kept]
+        if self.train_size is not None:
+            train = train[split_by_class(labels[train], self.train_size, self.generator())[1]]
+        return {"train": train, "not held out": not_held_out, "val": rest[val], "test": test}[split].tolist()
 
     def _labels(self, path: str) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.class_names)}
