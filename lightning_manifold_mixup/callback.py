@@ -103,7 +103,9 @@ class ManifoldMixupCallback(Callback):
             raise ValueError("Expected at least one layer to mix, got none. Name some, or use layers='auto'.")
         if passes not in ("auto", 1, 2):
             raise ValueError(f"Expected passes to be 'auto', 1 or 2, got {passes!r}.")
-        if partners is not None and not callable(partners):
+        if seed is not None and not (isinstance(seed, int) and seed >= 0):
+            raise ValueError(f"Expected seed to be an integer >= 0, or None to follow `seed_everything`, got {seed!r}.")
+        if partners is not None and (not callable(partners) or isinstance(partners, type)):
             raise TypeError(
                 f"Expected partners to be a strategy such as `LabelDistancePartners(1.0)`, got {partners!r}. In YAML "
                 "it is made from `class_path` and `init_args` by a recent jsonargparse."
@@ -310,6 +312,8 @@ class ManifoldMixupCallback(Callback):
             self._plan.seed = trainer.strategy.broadcast(global_seed())
 
     def _checked(self, draw: Draw, n: int) -> Draw:
+        if not isinstance(draw, Draw):
+            raise TypeError(f"Expected `draw` to return `Draw(layer, mix)`, got {type(draw).__name__}: {draw!r:.80}.")
         if draw.layer not in (self._plan.layers or ()) or len(draw.mix.partners) != n:
             raise ValueError(
                 f"Expected `draw` to give one of S = {list(self._plan.layers or ())} and {n} partners, got layer "

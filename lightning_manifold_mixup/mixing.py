@@ -26,8 +26,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.batch import tensors
 from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.dims import sample_dim
+from lightning_manifold_mixup._step.draw_check import check_draw, number_of
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import interpolate_with_gradient
 from lightning_manifold_mixup._step.switches import mixing_opened
@@ -70,8 +72,8 @@ class Mix(_Known):
     partners: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_permutation", _check(self.lam, self.partners))
-        object.__setattr__(self, "_number", _number(self.lam))
+        object.__setattr__(self, "_permutation", check_draw(self.lam, self.partners))
+        object.__setattr__(self, "_number", number_of(self.lam))
 
     @classmethod
     def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool, number: float | None) -> Mix:
@@ -125,7 +127,7 @@ class Mix(_Known):
             The mixed target, in the structure of ``y``.
 
         Raises:
-            TypeError: for float16 and complex targets.
+            TypeError: for float16 and complex targets, and where there is no tensor.
             ValueError: if a tensor does not hold n samples.
         """
 
@@ -145,6 +147,8 @@ class Mix(_Known):
                 return self(labels, batch_dim=0)
             return MixedTarget(labels, labels[self.partners], self.lam)
 
+        if not isinstance(y, Tensor) and next(tensors(y), None) is None:
+            raise TypeError(f"Expected labels in tensors (`torch.tensor(labels)`), got {type(y).__name__}: {y!r:.60}.")
         return mix(y) if isinstance(y, Tensor) else apply_to_collection(y, Tensor, mix)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> Mix:
@@ -154,48 +158,6 @@ class Mix(_Known):
         if lam.device == partners.device == device:
             return self
         return Mix._checked(sent(lam, device), sent(partners, device), self._permutation, self._number)
-
-
-def _check(lam: Any, partners: Any) -> bool:
-    """Refuses what is no draw, and tells whether ``partners`` is known to be a permutation."""
-    for name, value, dtypes, remedy in (
-        ("lam", lam, (torch.float32, torch.float64), "`torch.tensor(lam)`, `lam.float()`"),
-        ("partners", partners, (torch.int64,), "`torch.tensor(partners)`, `partners.long()`"),
-    ):
-        if not isinstance(value, Tensor) or value.dtype not in dtypes:
-            got = f"one of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__}: {value!r:.60}"
-            raise TypeError(f"Expected {name} to be a tensor of {' or '.join(map(str, dtypes))} ({remedy}), got {got}.")
-    if partners.ndim != 1:
-        raise ValueError(f"Expected partners of shape (n,), the partner of each sample, got {tuple(partners.shape)}.")
-    n = len(partners)
-    if lam.ndim and lam.shape != (n,):
-        raise ValueError(
-            f"Expected one lam, a 0-d tensor, or one for each of the {n} samples that have partners, shape ({n},), got "
-            f"shape {tuple(lam.shape)}."
-        )
-    if lam.requires_grad:
-        raise ValueError("Expected a lam that is drawn, got one that requires a gradient, which mixing does not give.")
-    if torch.compiler.is_compiling():
-        return False
-    # By NumPy, which takes a fraction of the time on numbers so few.
-    if (weights := _on_host(lam)) is not None and n and not (weights.min() >= 0 and weights.max() <= 1):
-        raise ValueError(f"Expected lam in [0, 1], the weight of the original sample, got {weights.tolist()}.")
-    if (indices := _on_host(partners)) is None:
-        return False
-    if n and not (indices.min() >= 0 and indices.max() < n):
-        raise ValueError(f"Expected partners in 0..{n - 1}, indices into the batch of {n}, got {indices.tolist()}.")
-    return n == 0 or bool(np.bincount(indices, minlength=n).max() == 1)
-
-
-def _number(lam: Tensor) -> float | None:
-    if lam.ndim or torch.compiler.is_compiling() or (value := _on_host(lam)) is None:
-        return None
-    return float(value)
-
-
-def _on_host(tensor: Tensor) -> Any:
-    """The values as a NumPy array, None where reading them would wait for a device, or where there are none."""
-    return tensor.numpy() if type(tensor) is Tensor and tensor.device.type == "cpu" else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,6 +297,7 @@ def mixing(layer: nn.Module, mix: Mix, batch_dim: int | None = None) -> Iterator
         batch_dim: see :meth:`Mix.__call__`.
 
     Raises:
+        TypeError: if ``layer`` is no module.
         MixingError: on leaving, if ``layer`` mixed nothing.
 
     Example:
@@ -347,6 +310,8 @@ def mixing(layer: nn.Module, mix: Mix, batch_dim: int | None = None) -> Iterator
         >>> loss = F.cross_entropy(logits, mix.target(y))
         >>> loss.backward()
     """
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"Expected a layer, an nn.Module, got {layer!r}: `model.get_submodule(name)` finds it by name.")
     hook = MixingHook(batch_dim)
     hook.arm((mix,))
     handle = layer.register_forward_hook(hook)

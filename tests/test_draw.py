@@ -214,3 +214,44 @@ def test_plain_loop_of_the_readme():
     exec(source, names)
     assert names["layers"] == ["input", "1"]
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def returns(value):
+    return type("Own", (ManifoldMixupCallback,), {"draw": lambda self, context: value})(layers=["model.1"])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: returns(None), TypeError, r"Expected `draw` to return `Draw\(layer, mix\)`, got NoneType"),
+        (lambda: returns(("model.1", 0.5)), TypeError, r"Expected `draw` to return `Draw\(layer, mix\)`, got tuple"),
+        (
+            lambda: ManifoldMixupCallback(partners=ClassBalancedPartners),
+            TypeError,
+            "Expected partners to be a strategy",
+        ),
+        (lambda: ManifoldMixupCallback(partners="uniform"), TypeError, "partners to be a strategy"),
+        (lambda: ManifoldMixupCallback(partners=lambda *_: None), TypeError, r"Expected partners as an \(n,\) int64"),
+        (lambda: ManifoldMixupCallback(partners=lambda t, n, g: g.permutation(n)), TypeError, "got ndarray"),
+        (
+            lambda: ManifoldMixupCallback(partners=lambda t, n, g: torch.arange(3)),
+            ValueError,
+            "partners of the 8 samples",
+        ),
+        (lambda: ManifoldMixupCallback(seed=-1), ValueError, "Expected seed to be an integer >= 0.*got -1"),
+        (lambda: ManifoldMixupCallback(seed=1.5), ValueError, "Expected seed to be an integer >= 0.*got 1.5"),
+    ],
+)
+def test_misuse(make, error, message):
+    """Said before any weight has changed."""
+    module = Module(F.cross_entropy)
+    before = [p.clone() for p in module.parameters()]
+
+    def trained():
+        callback = make()
+        callback.layers = ["model.1"]
+        train(module, DataLoader(TensorDataset(*data()), 8), callback)
+
+    with pytest.raises(error, match=message):
+        trained()
+    assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))

@@ -358,6 +358,15 @@ class TestMixing:
             raise ZeroDivisionError
         assert not net.layer1._forward_hooks
 
+    def test_what_is_no_layer_or_no_tensor_is_refused(self):
+        mix = draw_mix(2)
+        refused = pytest.raises(TypeError, match=r"Expected a layer, an nn.Module, got 'body.0': `model.get_submodule")
+        with refused, mixing("body.0", mix):
+            pass
+        for labels in ([0, 1], torch.tensor([0, 1]).numpy(), "ab", None):
+            with pytest.raises(TypeError, match=r"Expected labels in tensors \(`torch.tensor\(labels\)`\), got"):
+                mix.target(labels)
+
     def test_a_layer_that_was_not_called_is_an_error(self):
         net = ConvNet()
         with pytest.raises(MixingError, match="Sequential was not called in training mode"), mixing(net.layer1, MIX):

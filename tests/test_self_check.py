@@ -1,6 +1,7 @@
 """When the oracles are asked, what they say, and that a training step is right whatever they can or cannot see."""
 
 import copy
+import itertools
 
 import lightning as L
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
 from lightning_manifold_mixup._step.proof import Proof
-from tests.exactness import Module, assert_exact, data, network, train
+from tests.exactness import Module, assert_exact, by_hand, data, network, train
 from tests.helpers import trainer
 
 
@@ -209,14 +210,39 @@ class _nothing:
         return None
 
 
+def formula(module, loss, k, seen, x_y, number):
+    """Loss and gradients of batch ``number`` of eight samples, by the draw and the weights that were ``seen``."""
+
+    def step(twin, batch, choose, mix):
+        x, labels = batch
+        lam, partners = seen[0].mix.lam.to(x.dtype), seen[0].mix.partners
+        h = twin.model[:k](x)
+        h = lam.to(h.dtype) * h + (1 - lam.to(h.dtype)) * h[partners] if h.dtype is x.dtype else mix(h).to(h.dtype)
+        return loss(twin.model[k:](h), choose(labels))
+
+    rows = slice(8 * number, 8 * number + 8)
+    return by_hand(module, step, tuple(part[rows] for part in x_y), seen[0], seen[1])
+
+
 class TestHowItTrains:
     """The same formula under accumulation, mixed precision, LBFGS, checkpointing."""
 
-    def test_accumulation(self):
-        seen, _ = train(
-            Module(numpy_loss), loader(32), ManifoldMixupCallback(layers=["model.1"], seed=0), accumulate_grad_batches=2
+    @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
+    @pytest.mark.parametrize(("layer", "k"), [("model.1", 2), ("input", 0)])
+    def test_accumulation(self, loss, layer, k):
+        """Two batches to a step of the optimizer: their gradients add up, and the second check falls between them."""
+        module = Module(loss)
+        seen, warned = train(
+            module, loader(96), ManifoldMixupCallback(layers=[layer], seed=0), accumulate_grad_batches=2
         )
-        assert len(seen) == 4
+        assert sum("twice" in message for message in warned) == (loss is numpy_loss)
+        wanted = [formula(module, loss, k, seen[i], data(96), i) for i in range(12)]
+        for i in range(0, 12, 2):
+            (value, gradients), (later, more) = wanted[i], wanted[i + 1]
+            torch.testing.assert_close(seen[i][2] * 2, value)  # Lightning divides the loss
+            torch.testing.assert_close(seen[i + 1][2] * 2, later)
+            for name, gradient in seen[i + 1][3].items():
+                torch.testing.assert_close(gradient, (gradients[name] + more[name]) / 2)
 
     @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
     def test_lbfgs(self, loss):
@@ -239,14 +265,61 @@ class TestHowItTrains:
         torch.testing.assert_close(value, (lam * loss(z, y[:8]) + (1 - lam) * loss(z, y[:8][partners])).detach())
 
     @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
-    def test_bfloat16(self, loss):
-        module = Module(lambda z, y: loss(z.float(), y), network().float())
-        x, y = data(16)
+    @pytest.mark.parametrize(("layer", "k"), [("model.1", 2), ("input", 0)])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_mixed_precision(self, loss, layer, k, dtype):
+        """Value and gradient of the formula under the same autocast, to the accuracy of the dtype."""
+
+        def step(z, y):
+            assert z.dtype is dtype
+            return loss(z.float(), y)
+
+        class Cast(Module):
+            def training_step(self, batch, batch_idx):
+                with torch.autocast("cpu", dtype):
+                    return super().training_step(batch, batch_idx)
+
+        module = Cast(step, network().float())
+        x, y = data(96)
         batches = DataLoader(TensorDataset(x.float(), y), 8)
-        callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
-        seen, warned = train(module, batches, callback, precision="bf16-mixed")
+        callback = ManifoldMixupCallback(layers=[layer], seed=0)
+        # For float16 the Trainer wants a scaler, that is a GPU; autocast alone runs anywhere.
+        how = {"precision": "bf16-mixed"} if dtype is torch.bfloat16 else {}
+        seen, warned = train(module, batches, callback, **how)
         assert sum("twice" in message for message in warned) == (loss is numpy_loss)
-        assert all(torch.isfinite(value) for _, _, value, _ in seen)
+        for i, each in enumerate(seen):
+            with torch.autocast("cpu", dtype):
+                value, gradients = formula(module, step, k, each, (x.float(), y), i)
+            # In halves, the hook rounds the mixed state once, and the formula by hand several times.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(each[2].double(), value.double(), rtol=eps / 4, atol=0)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(
+                    each[3][name], gradient.float(), rtol=0.05, atol=8 * eps * gradient.norm().item()
+                )
+
+    @pytest.mark.parametrize("how", ["bf16-mixed", "bf16-true", "bf16 in the step", "fp16 in the step"])
+    def test_coarse_arithmetic_costs_no_second_pass(self, how):
+        """The oracles have power there, too: between their checks, a step runs once."""
+        dtype = torch.float16 if "fp16" in how else torch.bfloat16
+        calls, counted = [], []
+
+        class Coarse(Module):
+            def training_step(self, batch, batch_idx):
+                calls.append(batch_idx)
+                with torch.autocast("cpu", dtype, enabled="step" in how):
+                    return F.cross_entropy(self.model(batch[0]).float(), batch[1])
+
+        class Count(L.Callback):
+            def on_train_batch_end(self, *args):
+                counted.append(len(calls))
+
+        x, y = data(96)
+        batches = DataLoader(TensorDataset(x.float(), y), 8)
+        precision = {} if "step" in how else {"precision": how}
+        callback = ManifoldMixupCallback(layers=["input", "model.1"], seed=0)
+        trainer(callback, Count(), **precision).fit(Coarse(None, network().float()), batches)
+        assert [b - a for a, b in itertools.pairwise(counted[:10])] == [1] * 9
 
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])

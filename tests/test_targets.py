@@ -396,6 +396,51 @@ class TestLamForEachSample:
             mixed_loss(F.multi_margin_loss, z, mixed)
         assert torch.equal(mixed_loss(F.cross_entropy, z, mixed), plain(F.cross_entropy(z, mixed)))
 
+    def test_the_remedy_for_other_losses_is_exact(self, y):
+        lam, z = torch.rand(N), torch.randn(N, C, requires_grad=True)
+
+        def margins(z, y):
+            return F.multi_margin_loss(z, y, reduction="none")
+
+        ours = mixed_loss(margins, z, MixedTarget(y, y[PERMUTATION], lam)).mean()
+        expected = (lam * margins(z, y) + (1 - lam) * margins(z, y[PERMUTATION])).mean()
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (ours, expected)))
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda loss, z, y: loss**2, lambda loss, z, y: loss.exp(), lambda loss, z, y: loss * loss,
+            lambda loss, z, y: 1 / loss, lambda loss, z, y: torch.div(z.sum(), loss),
+            lambda loss, z, y: loss.clamp(max=1),
+            lambda loss, z, y: loss * (z.argmax(1) == y).float().mean(),
+        ],
+    )  # fmt: skip
+    def test_what_is_no_sum_of_losses_is_refused(self, function, y):
+        """A mean over samples with a lam each has no lam of its own; squares of it would be of nobody's."""
+        mixed, z = MixedTarget(y, y[PERMUTATION], torch.rand(N)), torch.randn(N, C, requires_grad=True)
+        with pytest.raises(MixingError, match=r"summed up, each with a lam of its own.*Draw one lam.*mixed_loss"):
+            function(F.cross_entropy(z, mixed), z, mixed)
+
+    def test_sums_of_losses_are_exact(self, y):
+        lam, z = torch.rand(N), torch.randn(N, C, requires_grad=True)
+        scale = torch.tensor(0.3, requires_grad=True)
+
+        def total(ce, bce):
+            return (ce * scale.exp() / 2 - bce * 0.5 + torch.stack([ce, bce]).sum() + scale + z.pow(2).mean()).squeeze()
+
+        mixed = MixedTarget(y, y[PERMUTATION], lam)
+        ours = plain(total(F.cross_entropy(z, mixed), F.binary_cross_entropy_with_logits(z[:, 0], binary(mixed))))
+        ce, bce = 0, 0
+        for weight, labels in ((lam, y), (1 - lam, y[PERMUTATION])):
+            ce = ce + (weight * F.cross_entropy(z, labels, reduction="none")).mean()
+            each = F.binary_cross_entropy_with_logits(z[:, 0], binary(labels), reduction="none")
+            bce = bce + (weight * each).mean()
+        expected = total(ce, bce)
+        torch.testing.assert_close(ours, expected)
+        for ours_, expected_ in zip(*(torch.autograd.grad(loss, (z, scale)) for loss in (ours, expected)), strict=True):
+            torch.testing.assert_close(ours_, expected_)
+
 
 class TestMixedLoss:
     def test_branches(self, y):

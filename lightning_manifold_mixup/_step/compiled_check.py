@@ -73,7 +73,7 @@ def eager_step(trials: Trials, site: Site, mixes: Mixes) -> Eager | None:
     lam = float64(mixes[0].lam).to(runs[0].loss.device)
     loss = lam * runs[0].loss + (1 - lam) * runs[1].loss
     scale = max(abs(float(run.loss)) for run in runs if run.loss is not None)
-    accuracy = max(_ACCURACY, *(100 * run.precision for run in runs)) * max(scale, 1e-12)
+    accuracy = max(_ACCURACY, *(16 * run.precision for run in runs)) * max(scale, 1e-12)
     gradients = [run.beside for run in runs]
     moves = all(gradient is not None for gradient in gradients) and bool(
         torch.stack([g.abs().sum() for g in gradients if g is not None]).sum() > 0

@@ -91,15 +91,25 @@ class DrawContext:
     def draw_partners(self) -> Tensor | None:
         """The strategy's partners, among the samples that are trained on; None is a permutation of all."""
         if self.rows is None:
-            return None if self.partners is None else self.partners(self.targets, self.n, self.own)
+            return None if self.partners is None else self._chosen(self.targets, self.n)
         rows = self.rows.nonzero().flatten().cpu()
         partners = torch.arange(self.n)
         if self.partners is None:
             chosen = torch.from_numpy(self.own.permutation(len(rows)))
         else:
-            chosen = self.partners(self.targets[self.rows], len(rows), self.own)
+            chosen = self._chosen(self.targets[self.rows], len(rows))
         partners[rows] = rows[chosen]
         return partners
+
+    def _chosen(self, targets: Any, n: int) -> Tensor:
+        assert self.partners is not None
+        chosen = self.partners(targets, n, self.own)
+        if not isinstance(chosen, Tensor):  # None would be a permutation
+            raise TypeError(
+                f"Expected partners as an (n,) int64 tensor from {self.partners!r}, got {type(chosen).__name__}: "
+                f"{chosen!r:.60}. `torch.from_numpy` makes one of a NumPy array."
+            )
+        return chosen
 
     def draw(self) -> Draw:
         """Both, as the paper has it."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.pairs import REMEDY, note_use, paired, tensors
 from lightning_manifold_mixup._step.targets import (
+    SAMPLES,
     MixedTarget,
     Superposition,
     SuperpositionError,
@@ -37,6 +38,12 @@ def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not sources:  # the training step is over
         return func(*_under(args, _shown), **_under(kwargs, _shown))
     superposition = sources[0]._superposition
+    summed = [source for source in sources if source._superposition.summed]
+    if summed and (len(summed) < len(sources) or not _is_linear(name, args, len(summed))):
+        raise SuperpositionError(
+            f"`{name}` of a loss whose samples were summed up, each with a lam of its own: no single lam is left for "
+            f"what is no sum. Draw one lam for the batch, or {SAMPLES}."
+        )
     for source in sources:
         if source._superposition is not superposition:
             raise SuperpositionError(
@@ -250,6 +257,25 @@ def _count(arguments: dict[str, Any], losses: Tensor) -> Tensor | int:
         return total
     total = (arguments["weight"][arguments["target"].where(counted, 0)] * counted).sum()
     return total
+
+
+# What may be done with losses that were summed up by a lam for each sample.
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply"}
+_QUOTIENTS = {"div", "__truediv__", "divide", "true_divide"}
+_LINEAR = {
+    "add", "__add__", "__radd__", "sub", "__sub__", "rsub", "__rsub__", "neg", "__neg__", "sum", "mean", "stack",
+    "squeeze", "unsqueeze", "view", "reshape", "detach", "clone", "to", "type", "float", "double", "cpu",
+    "cuda", "item", "tolist", "numpy", "__array__", "__float__", "__format__", "__repr__", "__str__", "__bool__",
+    "backward", "isnan", "isinf", "isfinite", "dim", "size", "numel", "__len__", "__hash__",
+    "is_floating_point", "__getitem__", "unbind", "grad",
+}  # fmt: skip
+
+
+def _is_linear(name: str, args: Any, count: int) -> bool:
+    """Whether an operation is linear in the ``count`` values in superposition among its arguments."""
+    if name in _PRODUCTS | _QUOTIENTS:
+        return count == 1 and (name in _PRODUCTS or isinstance(args[0], _Superposed))
+    return name in _LINEAR or name.startswith("get ")
 
 
 # A property that is a value; all others (grad_fn, device, ...) are of the object.

@@ -150,6 +150,8 @@ class Proof:
                 else:
                     self._open.add(asked)
             self._retry_at = 2 * mixed + 1
+            if trials is not None and self._wanted == "auto" and any(oracle == "pair" for oracle, _ in self._open):
+                self._say("a mistake would not show in the loss yet; until it would, such steps run twice")
         if once and trials is not None and self._wanted != 2:
             self.passes = self.passes or 1
 

@@ -47,13 +47,23 @@ class Finding:
 
 
 class _Comparison:
-    """How far two outcomes are apart, measured against a third that is wrong on purpose."""
+    """How far two outcomes are apart, measured against a third that is wrong on purpose.
 
-    def __init__(self, got: Outcome, wanted: Outcome, wrong: Outcome) -> None:
+    Args:
+        got: by the way that is tested.
+        wanted: by another.
+        wrong: what a mistake would give.
+        same_states: whether all three come of the same states, so that their losses differ by the rounding of the loss
+            alone, also where the states are coarse.
+    """
+
+    def __init__(self, got: Outcome, wanted: Outcome, wrong: Outcome, same_states: bool = False) -> None:
         self.got, self.wanted, self.wrong = got, wanted, wrong
-        precision = max(got.precision, wanted.precision, wrong.precision)
-        self.value = self._compare("loss", 100 * precision)
-        self.gradient = self._compare("gradient", 1000 * precision)
+        coarse = max(got.precision, wanted.precision, wrong.precision)
+        own = max(got.own, wanted.own, wrong.own)
+        value = max(_accuracy(own, 100, 4), coarse / 16) if same_states else _accuracy(coarse, 100, 4)
+        self.value = self._compare("loss", value)
+        self.gradient = self._compare("gradient", _accuracy(coarse, 1000, 8))
 
     def _compare(self, what: str, accuracy: float) -> tuple[bool, bool]:
         """Whether both agree, and whether that means anything."""
@@ -72,6 +82,11 @@ class _Comparison:
     @property
     def power(self) -> bool:
         return self.value[1] or self.gradient[1]
+
+
+def _accuracy(precision: float, many: float, few: float) -> float:
+    """What rounding may add up to: where numbers are coarse, little of it, or nothing would show."""
+    return precision * (many if precision < 1e-5 else few)
 
 
 def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome | None, train: bool) -> Finding:
@@ -131,6 +146,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
         lam * labels.gradient + (1 - lam) * partners.gradient,
         max(labels.precision, partners.precision),
         labels.random,
+        own=max(labels.own, partners.own),
     )
     lines: set[Line] = set()
     for answers in ((0,), (1,), (-1,), (1, -1), (-1, 1)):  # as it is; then as it might be in another batch
@@ -161,7 +177,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
 def _compared(got: Outcome, wanted: Outcome, labels: Outcome, partners: Outcome) -> Finding:
     if got.loss is None or wanted.loss is None:
         return Finding(Verdict.FAILED, "the step skipped the mixed batch, and no other")
-    comparisons = [_Comparison(got, wanted, wrong) for wrong in (labels, partners)]
+    comparisons = [_Comparison(got, wanted, wrong, same_states=True) for wrong in (labels, partners)]
     power = any(comparison.power for comparison in comparisons)
     if not all(comparison.agree for comparison in comparisons):
         if all(comparison.value[0] for comparison in comparisons):

@@ -25,7 +25,7 @@ from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, rand
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
 from lightning_manifold_mixup._step.names import marks_padding
 from lightning_manifold_mixup._step.switches import input_mixed
-from lightning_manifold_mixup._step.targets import MixingError, Reader, Superposition, plain
+from lightning_manifold_mixup._step.targets import SAMPLES, MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
 if TYPE_CHECKING:
@@ -217,8 +217,7 @@ class Step:
         if self.superposition.lam.ndim:
             raise MixingError(
                 f"{self.where} lam has one value for each sample, and the training step runs once for each labelling: "
-                "its loss has been summed up without their lam. Draw one lam for the batch, or take the loss of each "
-                "sample (`reduction='none'`)."
+                f"its loss has been summed up without their lam. Draw one lam for the batch, or {SAMPLES}."
             )
         ghost, second_call = ghost_of(self.module, self.written), call.on(batch_of_ghosts(call.batch))
         states = random_states(self.module.parameters())

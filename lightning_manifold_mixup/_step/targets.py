@@ -36,6 +36,13 @@ class SuperpositionError(MixingError):
     """Labels in superposition cannot go on; the training step can still run once for each labelling."""
 
 
+# What to do where each sample has a lam of its own.
+SAMPLES = (
+    "let a function return the loss of each sample (`reduction='none'`), and take the mean of `mixed_loss(function, "
+    "logits, y)`"
+)
+
+
 class Superposition:
     """What all values that descend from one draw share.
 
@@ -50,6 +57,7 @@ class Superposition:
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
         forgiving: whether the step goes on with the dominant labels alone where superposition cannot go on.
         failure: why it did so.
+        summed: whether it is of losses whose samples have a lam each, and were summed up by it.
     """
 
     def __init__(self, lam: Tensor, number: float | None = None) -> None:
@@ -66,6 +74,7 @@ class Superposition:
         self.forgiving = False
         self.failure: SuperpositionError | None = None
         self._alive: list[weakref.ref[Tensor]] = []
+        self.summed = False
         self._reduced: Superposition | None = None
 
     def to(self, device: torch.device) -> Self:
@@ -88,7 +97,7 @@ class Superposition:
         """For losses of samples that have been summed up with weights of their own: one weight, the mean."""
         if self._reduced is None:
             self._reduced = Superposition(float64(self.lam).mean())
-            self._reduced.swapped = False
+            self._reduced.swapped, self._reduced.summed = False, True
         return self._reduced
 
     def ordered(self, labels: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +127,8 @@ class Superposition:
         if lam.ndim and first.shape[:1] != lam.shape:
             raise MixingError(
                 f"lam has one value for each of {len(lam)} samples, but the loss has shape {tuple(first.shape)}: its "
-                "samples have been summed up without their lam. Take the loss of each sample (`reduction='none'`), use "
-                "cross entropy, NLL or BCE from torch.nn.functional, which take care of it, or draw one lam for the "
-                "batch."
+                "samples have been summed up without their lam. Use cross entropy, NLL or BCE from torch.nn.functional "
+                f"with their own reduction, which takes care of it; {SAMPLES}; or draw one lam for the batch."
             )
         dtype = torch.promote_types(first.dtype, torch.float32)
         one, other = self.weights(dtype)

@@ -17,6 +17,7 @@ from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import Backwards, batch_of_ghosts, ghost_of, isolated, random_states
+from lightning_manifold_mixup._step.pairs import tensors
 from lightning_manifold_mixup._step.step import How, Site
 from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
 from lightning_manifold_mixup.mixing import Mix
@@ -33,7 +34,8 @@ class Outcome:
     Attributes:
         loss: float64, 0-d; the sum of all losses under manual optimization. None if the step skipped the batch.
         gradient: of the loss by the parameters of the last modules, as one vector.
-        precision: the relative accuracy of the loss.
+        precision: of the numbers that the loss is computed from, relative: of the coarsest in the last modules.
+        own: the precision of the loss itself; under autocast it is finer.
         random: the states of the random generators at the end.
         used: whether the loss has used the labels in superposition.
         inspected: whether the step knows of the superposition, and has asked for one of the labellings.
@@ -47,6 +49,7 @@ class Outcome:
     used: bool = True
     inspected: bool = False
     beside: Tensor | None = None
+    own: float = 0.0
 
 
 @dataclass
@@ -157,7 +160,7 @@ class _Heads:
         self._gradients: list[Tensor] = []
         self._dtypes: set[torch.dtype] = set()
         self._beside: Tensor | None = None
-        self._writes = 0
+        self._writes, self._own = 0, 0.0
         for module in ghost.modules():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_hook(self._note).remove)
@@ -165,6 +168,7 @@ class _Heads:
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
         self._called.pop(module, None)
         self._called[module] = None
+        self._dtypes |= {t.dtype for t in tensors(output) if t.is_floating_point()}  # autocast may be the step's own
 
     def note_loss(self, loss: Tensor, beside: nn.Parameter | None = None, writes: int = 0) -> None:
         """Takes a loss and its gradients, before its graph goes or its parameters change.
@@ -185,6 +189,7 @@ class _Heads:
         self._dtypes |= {loss.dtype, *(parameter.dtype for parameter in parameters)}
         if torch.is_autocast_enabled(loss.device.type):
             self._dtypes.add(torch.get_autocast_dtype(loss.device.type))
+        self._own = max(self._own, torch.finfo(loss.dtype).eps)
         self._losses.append(float64(loss.detach()).sum())
 
     def outcome(self, random: Any, used: bool) -> Outcome:
@@ -194,7 +199,7 @@ class _Heads:
         loss = torch.stack(self._losses).sum()
         gradient = torch.cat(self._gradients or [torch.zeros(1, dtype=torch.float64, device=loss.device)])
         precision = max(torch.finfo(dtype).eps for dtype in self._dtypes)
-        return Outcome(loss, gradient, precision, random, used, beside=self._beside)
+        return Outcome(loss, gradient, precision, random, used, beside=self._beside, own=self._own)
 
 
 def _seed_all(seed: int) -> None:

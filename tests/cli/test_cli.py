@@ -74,12 +74,14 @@ class Net(LightningModule):
         self.head = torch.nn.Linear(width, 3)
     def training_step(self, batch, batch_idx):
         x, y = batch
+        self.calls = getattr(self, "calls", 0) + 1
         return F.cross_entropy(self.head(self.body(x)), y)
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
     def on_train_end(self):
         (callback,) = [c for c in self.trainer.callbacks if type(c).__name__ == "ManifoldMixupCallback"]
         print("ALPHA", type(callback.alpha).__name__, callback.alpha(0), callback.alpha(10), callback.alpha(99))
+        print("PASSES", callback.passes, callback.state_dict()["passes"], self.calls)
         print("LOGGED", sorted(k for k in self.trainer.logged_metrics if k.startswith("manifold")))
 
 class Data(LightningDataModule):
@@ -103,12 +105,14 @@ trainer:
         alpha: {start: 0.2, end: 2.0, epochs: 20}
         layers: [input, body]
         log_mixing: true
+        passes: 2
 model: {width: 5}
 """
     )
     done = run([sys.executable, "theirs.py", "fit", "--config", "theirs.yaml"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ALPHA AlphaSchedule 0.2 1.1 2.0" in done.stdout
+    assert "PASSES 2 2 4" in done.stdout  # the module itself ran each of four batches once, a ghost once more
     assert "manifold_mixup/lam" in done.stdout
 
 
