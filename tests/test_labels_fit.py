@@ -6,7 +6,9 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAccuracy
@@ -254,6 +256,29 @@ def test_labels_of_nodes_that_are_not_trained_on_stay_out_of_the_loss():
         torch.testing.assert_close(loss, by_hand.detach(), rtol=1e-6, atol=1e-8)
         parameters = [*module.body.parameters(), *module.head.parameters()]
         torch.testing.assert_close(gradients, list(torch.autograd.grad(by_hand, parameters)), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_a_first_batch_that_the_step_skips(monkeypatch):
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # other tests wait for its warning, given once
+
+    class Skips(Step):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx:
+                super().on_train_batch_end(outputs, batch, batch_idx)
+
+    module = Skips(of_y(F.cross_entropy))
+    callback = ManifoldMixupCallback(layers=["body"], alpha=1.0, seed=3)
+    draws = Draws(callback)
+    trainer(callback, draws).fit(module, DataLoader([(X, Y)] * 3, collate_fn=lambda batches: batches[0]))
+    assert len(module.seen) == 2
+    for (_, lam, p), (loss, _) in zip(draws.drawn[1:], module.seen, strict=True):
+        z = module.head(lam.double() * module.body(X) + (1 - lam.double()) * module.body(X)[p])
+        by_hand = lam.double() * F.cross_entropy(z, Y) + (1 - lam.double()) * F.cross_entropy(z, Y[p])
+        torch.testing.assert_close(loss, by_hand.detach())
 
 
 class Measured(Step):
