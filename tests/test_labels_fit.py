@@ -6,9 +6,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics.classification import BinaryAccuracy
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from tests.graphs import Batch, Data, GCNConv, TensorDict, global_mean_pool, tensorclass
@@ -253,3 +256,54 @@ def test_labels_of_nodes_that_are_not_trained_on_stay_out_of_the_loss():
         torch.testing.assert_close(loss, by_hand.detach(), rtol=1e-6, atol=1e-8)
         parameters = [*module.body.parameters(), *module.head.parameters()]
         torch.testing.assert_close(gradients, list(torch.autograd.grad(by_hand, parameters)), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_a_first_batch_that_the_step_skips(monkeypatch):
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())  # other tests wait for its warning, given once
+
+    class Skips(Step):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx:
+                super().on_train_batch_end(outputs, batch, batch_idx)
+
+    module = Skips(of_y(F.cross_entropy))
+    callback = ManifoldMixupCallback(layers=["body"], alpha=1.0, seed=3)
+    draws = Draws(callback)
+    trainer(callback, draws).fit(module, DataLoader([(X, Y)] * 3, collate_fn=lambda batches: batches[0]))
+    assert len(module.seen) == 2
+    for (_, lam, p), (loss, _) in zip(draws.drawn[1:], module.seen, strict=True):
+        z = module.head(lam.double() * module.body(X) + (1 - lam.double()) * module.body(X)[p])
+        by_hand = lam.double() * F.cross_entropy(z, Y) + (1 - lam.double()) * F.cross_entropy(z, Y[p])
+        torch.testing.assert_close(loss, by_hand.detach())
+
+
+class Measured(Step):
+    """Has a metric of its float labels; ``cast`` makes them what the metric is given."""
+
+    def __init__(self, cast):
+        super().__init__(None)
+        self.accuracy, self.cast, self.hits = BinaryAccuracy(), cast, []
+
+    def training_step(self, batch, batch_idx):
+        z = self.head(self.body(batch[0]))[:, 0]
+        self.now = self.accuracy((z > 0).double(), self.cast(batch[1]))
+        return F.binary_cross_entropy_with_logits(z, batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.hits.append(self.now.item())
+
+
+@pytest.mark.parametrize("cast", [lambda y: y, torch.Tensor.int], ids=["float", "int"])
+def test_metrics_of_zeros_and_ones_see_the_dominant_labels(cast):
+    module, y = Measured(cast), (Y > 1).double()
+    for (lam, p, loss, _), hits in zip(fit(module, (X, y)), module.hits, strict=True):
+        h = module.body(X)
+        z = module.head(lam * h + (1 - lam) * h[p])[:, 0]
+        first, second = (F.binary_cross_entropy_with_logits(z, labels) for labels in (y, y[p]))
+        torch.testing.assert_close(loss, (lam * first + (1 - lam) * second).detach())
+        assert hits == pytest.approx(((z > 0) == (y if lam >= 0.5 else y[p])).double().mean().item())

@@ -68,6 +68,11 @@ def with_float_metric(z, y):
     return F.binary_cross_entropy_with_logits(z[:, 0], y)
 
 
+def with_casting_metric(z, y):
+    BinaryAccuracy()(z[:, 0].sigmoid(), y)
+    return F.binary_cross_entropy_with_logits(z[:, 0], y)
+
+
 VALUE_STEPS = {
     "regression": (VALUES, lambda z, y: F.mse_loss(z[:, 0], y)),
     "regression, cast": (VALUES, lambda z, y: F.mse_loss(z[:, 0], y.float().to(z.dtype).to(z.device).view(-1))),
@@ -88,8 +93,7 @@ VALUE_STEPS = {
     "focal": (SOFT, Focal()),
     "torchvision focal": (SOFT, lambda z, y: sigmoid_focal_loss(z, y, reduction="mean")),
     "checked": (SOFT, checked),
-    "metric beside it": (ONE_HOT, with_metric),
-    "metric of floats": (BINARY, with_float_metric),
+    "metric beside it": (SOFT, with_metric),
     "columns": (COLUMNS, lambda z, y: F.mse_loss(z[:, 0], y[:, 0]) + F.l1_loss(z[:, 1:], y[:, 1:])),
     "conditional": (VALUES, lambda z, y: F.mse_loss(NET(torch.cat([X[:, :7], y[:, None]], 1)), z.detach())),
     "maximum": (VALUES, lambda z, y: F.mse_loss(z[:, 0], y / y.max())),
@@ -133,6 +137,9 @@ CLASS_STEPS = {
     "signs": (2 * BINARY - 1, lambda z, y: F.cosine_embedding_loss(z, X[:, :C], y), "`cosine_embedding_loss` in "),
     "side of a margin": (2 * BINARY - 1, lambda z, y: F.relu(1 - z[:, 0] * y).pow(2).mean(), "`mul` in "),
     "categorical": (CLASSES, lambda z, y: -torch.distributions.Categorical(logits=z).log_prob(y).mean(), "`long` in "),
+    "metric beside it": (ONE_HOT, with_metric, "`argmax` in "),
+    "metric of floats": (BINARY, with_float_metric, "`int` in "),
+    "metric that casts": (BINARY, with_casting_metric, "`unique` in "),
     "both losses of one column": (
         BINARY,
         lambda z, y: F.cross_entropy(z, y.long()) + F.binary_cross_entropy_with_logits(z[:, 0], y),

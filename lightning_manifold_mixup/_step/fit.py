@@ -294,7 +294,7 @@ class Fit:
             seen = watch(self.module, call, step.site, step.mixes, training_step)
             real = (seen.output,)
         if seen.report is None:  # the user skips this batch
-            return real or ((training_step(*call.args, **call.kwargs),) if self.call_settles else None)
+            return real or (training_step(*call.args, **call.kwargs),)
         for key, line in seen.classes.items():
             rank_zero_info(f"Manifold Mixup: the float target at {key!r} is treated as classes ({line}).")
         self._settled = _Settled(classes=frozenset(seen.classes))

@@ -89,15 +89,17 @@ class _Origin(NamedTuple):
 
 @dataclass
 class _Target:
-    """The numbers of a target's columns, whether it holds nothing but 1 and -1, and what was seen of it."""
+    """The numbers of a target's columns, whether it holds 1 and -1 or 0 and 1 alone, and what was seen of it."""
 
     numbers: range
     signs: bool
+    flags: bool
     values: set[int] = field(default_factory=set)
     classes: set[int] = field(default_factory=set)
     value_line: str = ""
     class_line: str = ""
     joint_line: str = ""
+    flag_line: str = ""
 
 
 class LabelUse(TorchFunctionMode):
@@ -139,7 +141,8 @@ class LabelUse(TorchFunctionMode):
                 if target.is_floating_point():
                     columns = _columns(target)
                     signs = bool((target.abs() == 1).all()) and bool((target < 0).any())
-                    self._targets[key] = _Target(range(start, start + columns[1]), signs)
+                    flags = bool(((target == 0) | (target == 1)).all())
+                    self._targets[key] = _Target(range(start, start + columns[1]), signs, flags)
                     self._labels[target] = _Label(columns[0] + start, frozenset(), "")
                     start += columns[1]
 
@@ -161,7 +164,7 @@ class LabelUse(TorchFunctionMode):
             pairs of a time and an event); else `"values"`.
         """
         target = self._targets[key]
-        if target.joint_line:
+        if target.joint_line or target.flag_line:
             return "classes"
         if not target.classes:
             return "values"
@@ -178,7 +181,8 @@ class LabelUse(TorchFunctionMode):
             'read as classes by `long`...'
         """
         target = self._targets[key]
-        parts = [f"read as classes by {target.class_line}"] if target.classes else []
+        line = target.class_line or target.flag_line
+        parts = [f"read as classes by {line}"] if target.classes or target.flag_line else []
         if not parts and target.joint_line:
             parts.append(f"read together with another target by {target.joint_line}")
         if self.verdict(key) != "classes" and target.values:
@@ -219,7 +223,7 @@ class LabelUse(TorchFunctionMode):
         values = frozenset().union(*(_numbers(label.columns) for label in labels))
         line = next((label.line for label in labels if label.line), "")
         if trained:
-            if name in _FLAGS or (name in _PRODUCTS and self._hold_signs(values)):
+            if name in _FLAGS or (name in _PRODUCTS and all(target.signs for target in self._of(values))):
                 classes, line = classes | values, line or _place(name)
             self._note(name, values, classes, line)
             return
@@ -233,16 +237,15 @@ class LabelUse(TorchFunctionMode):
                 columns = same[0] if len(labels) == 1 and same and same[0].shape == result.shape else values
             made = classes
             if (not result.is_floating_point() or name in _DISCRETE) and values:
-                if in_torchmetrics():
-                    columns = frozenset()
-                else:
-                    made, columns, line = classes | values, frozenset(), line or _place(name)
+                line = line or _place(name)
+                for target in self._of(values):  # a mean of zeros and ones is neither, for a metric either
+                    target.flag_line = target.flag_line or (line if target.flags else "")
+                made, columns = classes if in_torchmetrics() else classes | values, frozenset()
             self._labels[result] = _Label(columns, made, line)
 
-    def _hold_signs(self, values: Iterable[int]) -> bool:
-        """Whether what is multiplied with a prediction comes from targets that say on which side it should be."""
-        values = set(values)
-        return all(target.signs for target in self._targets.values() if values.intersection(target.numbers))
+    def _of(self, values: Iterable[int]) -> list[_Target]:
+        """List the targets that some columns belong to."""
+        return [target for target in self._targets.values() if not set(values).isdisjoint(target.numbers)]
 
     def _trace(self, name: str, read: list[Tensor], results: list[Tensor], trained: bool) -> None:
         """Note which targets the results come from, and which of these were read together."""
