@@ -45,7 +45,7 @@ def word_vectors(sentences: Sequence[Tensor], vocabulary_size: int, dim: int, wi
     if found <= dim:
         raise ValueError(
             f"Expected more than {dim} words with neighbours for vectors of {dim} numbers, got {found}: "
-            "take fewer numbers."
+            "take a smaller dim (vectors_dim of a TextDataModule)."
         )
     shape = (vocabulary_size, vocabulary_size)
     counts = sparse.coo_matrix((np.ones(len(words)), (words, near)), shape=shape).tocsr().tocoo()
