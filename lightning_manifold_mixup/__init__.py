@@ -7,14 +7,14 @@ from lightning_manifold_mixup._step.targets import MixedTarget as MixedTarget
 from lightning_manifold_mixup._step.targets import MixingError as MixingError
 from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
 from lightning_manifold_mixup.layers import eligible_layers as eligible_layers
-from lightning_manifold_mixup.losses import SoftLabelLossMixin as SoftLabelLossMixin
 from lightning_manifold_mixup.mixing import Draw as Draw
 from lightning_manifold_mixup.mixing import Mix as Mix
 from lightning_manifold_mixup.mixing import draw_mix as draw_mix
 from lightning_manifold_mixup.mixing import mixing as mixing
 from lightning_manifold_mixup.mixing import unmixed as unmixed
-from lightning_manifold_mixup.module import ManifoldMixupModule as ManifoldMixupModule
-from lightning_manifold_mixup.semi_supervised import (
+from lightning_manifold_mixup.modules.classification import ManifoldMixupModule as ManifoldMixupModule
+from lightning_manifold_mixup.modules.losses import SoftLabelLossMixin as SoftLabelLossMixin
+from lightning_manifold_mixup.modules.semi_supervised import (
     SemiSupervisedManifoldMixupModule as SemiSupervisedManifoldMixupModule,
 )
 

@@ -17,9 +17,8 @@ FILES = {
 
 FLOORS = (
     {"_step", "layers", "mixing", "partners"},
-    {"callback", "losses"},
-    {"module"},
-    {"semi_supervised"},
+    {"callback"},
+    {"modules"},
     {PACKAGE},
     {"evaluation"},
     {"paper"},

@@ -19,7 +19,7 @@ from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.evaluation import ClassSpectrum, hidden_states
 from lightning_manifold_mixup.evaluation.tables import Row, mean_and_std, plus_minus
-from lightning_manifold_mixup.module import ManifoldMixupModule
+from lightning_manifold_mixup.modules.classification import ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset, collate
 from lightning_manifold_mixup.paper.models import BottleneckMLP

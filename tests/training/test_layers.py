@@ -3,12 +3,10 @@
 import copy
 import random
 
-import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
 from lightning import LightningModule, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import WarningCache
@@ -18,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
+from tests import helpers, zoo
 
 BATCH = 5
 

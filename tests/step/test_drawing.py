@@ -19,7 +19,7 @@ from lightning_manifold_mixup.partners import ClassBalancedPartners, LabelDistan
 from tests.exactness import Module, by_hand, data, train
 from tests.helpers import LAYERS, Classifier, Draws, loader, trainer
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def draws_of(batches=400, n=6, **options):

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, ManifoldMixupModule
-from lightning_manifold_mixup.module import MixupOptions
+from lightning_manifold_mixup.modules.classification import MixupOptions
 from lightning_manifold_mixup.partners import ClassBalancedPartners
 from tests.helpers import CLASSES, ConvNet, images, loader, trainer, weights_of
 

@@ -42,15 +42,15 @@ from lightning_manifold_mixup._step.batch import describe
 from lightning_manifold_mixup._step.drawing import DrawContext
 from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
-from lightning_manifold_mixup.losses import LossName
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
-from lightning_manifold_mixup.module import (
+from lightning_manifold_mixup.modules.classification import (
     Evaluation,
     ManifoldMixupModule,
     MixupOptions,
     _default_optimizer,
     check_options,
 )
+from lightning_manifold_mixup.modules.losses import LossName
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable

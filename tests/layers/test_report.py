@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-import zoo
 from torch import nn
 
 from lightning_manifold_mixup.layers import LayerReport, eligible_layers, observe
+from tests import zoo
 
 
 class Module(nn.Module):

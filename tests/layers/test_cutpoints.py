@@ -3,13 +3,13 @@
 import networkx as nx
 import pytest
 import torch
-import zoo
 from torch import nn
 
 from lightning_manifold_mixup.layers import LayerReport, eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
 from lightning_manifold_mixup.layers.flow import Flow
 from lightning_manifold_mixup.layers.paths import count_paths, find_sinks
+from tests import zoo
 
 
 def cut_points(report: LayerReport) -> set[str]:

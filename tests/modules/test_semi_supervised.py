@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, MixingError, eligible_layers
 from lightning_manifold_mixup import semi_supervised as semi
 from lightning_manifold_mixup.cli.training import Prepared
-from lightning_manifold_mixup.paper import recipes
-from lightning_manifold_mixup.partners import Partners
-from lightning_manifold_mixup.semi_supervised import (
+from lightning_manifold_mixup.modules.semi_supervised import (
     SemiSupervisedManifoldMixupModule,
     consistency_weight,
     update_teacher,
 )
+from lightning_manifold_mixup.paper import recipes
+from lightning_manifold_mixup.partners import Partners
 from tests.helpers import CLASSES, LAYERS, ConvNet, images, trainer, weights_of
 
 pytestmark = [
@@ -564,7 +564,7 @@ TWO_PROCESSES = """
 import sys, torch
 from torch.utils.data import DataLoader, TensorDataset
 from tests.helpers import images, trainer
-from tests.test_semi_supervised import Draws, loaders, module
+from tests.modules.test_semi_supervised import Draws, loaders, module
 
 class Save(Draws):
     def on_fit_end(self, trainer, ours):

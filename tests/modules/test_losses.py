@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from lightning_manifold_mixup import Mix, SoftLabelLossMixin
 from lightning_manifold_mixup._step.targets import plain
-from lightning_manifold_mixup.losses import label_accuracy, softmax_bce
+from lightning_manifold_mixup.modules.losses import label_accuracy, softmax_bce
 
 MIX = Mix(torch.tensor(0.3), torch.tensor([1, 2, 3, 0]))
 Y = torch.tensor([0, 2, 1, 2])

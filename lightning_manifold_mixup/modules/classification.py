@@ -21,7 +21,7 @@ from lightning_manifold_mixup._step.host import Module
 from lightning_manifold_mixup._step.keys import KeyOrKeys
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
-from lightning_manifold_mixup.losses import LossName, SoftLabelLossMixin
+from lightning_manifold_mixup.modules.losses import LossName, SoftLabelLossMixin
 from lightning_manifold_mixup.partners import Partners
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
