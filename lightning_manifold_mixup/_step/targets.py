@@ -153,10 +153,11 @@ class Superposition:
     def close(self, dominant: bool = False) -> None:
         """Ends the superposition: tensors that somebody has kept are plain from now on.
 
-        They hold the dominant value, as after one ordinary step; single numbers hold the value shown, as losses do.
+        They hold the value shown; what was there before, and was written into, holds the dominant value, as after one
+        ordinary step.
 
         Args:
-            dominant: single numbers hold the dominant value, too.
+            dominant: all hold the dominant value.
         """
         self.open = False
         if self._reduced is not None:
@@ -164,7 +165,7 @@ class Superposition:
         for reference in self._alive:
             if (tensor := reference()) is not None:
                 shown = None
-                if tensor._averaged and tensor.ndim == 0 and not dominant:  # type: ignore[attr-defined]
+                if tensor._averaged and not tensor._apart and not dominant:  # type: ignore[attr-defined]
                     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
                         shown = _shown(tensor).detach()
                 tensor.__class__ = Tensor

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.batch import tensors
-from lightning_manifold_mixup._step.ghost import ghost_of, isolated
+from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated
 from lightning_manifold_mixup._step.hooks import is_training_forward
 from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, Rows, analyse
@@ -209,7 +209,7 @@ def eligible_layers(
     """
     with isolated(model), torch.enable_grad():
         if not has_forward(model):
-            return _of_training_step(ghost_of(model), inputs[0], batch_size, batch_dim)
+            return _of_training_step(ghost_of(model), batch_of_ghosts(inputs[0]), batch_size, batch_dim)
         if batch_size is None and len(inputs) == 1:
             batch_size = getattr(inputs[0], "num_graphs", None)  # of torch_geometric, whose rows are nodes
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):

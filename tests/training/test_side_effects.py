@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_manifold_mixup import ManifoldMixupCallback
+from lightning_manifold_mixup import ManifoldMixupCallback, eligible_layers
 from tests.exactness import CLASSES
 from tests.formula import Net, assert_formula, dicts, mixed, pairs
 from tests.helpers import trainer
@@ -72,6 +72,13 @@ def test_a_changed_structure_is_checked_on_the_batch_as_it_was():
     module = Later()
     module.loss = cross_entropy
     assert_formula(module, pairs(), "model.1")
+
+
+def test_the_report_of_layers_leaves_the_batch():
+    module, (batch,) = Pops(), dicts(8)
+    module.loss = cross_entropy
+    assert "model.1" in eligible_layers(module, batch).eligible
+    assert set(batch) == {"image", "label"}
 
 
 @dataclass

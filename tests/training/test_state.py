@@ -1,17 +1,21 @@
 """Steps whose loss reads what the module keeps: memory banks, prototypes, metrics; and steps that change in the run."""
 
 import collections
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_manifold_mixup import ManifoldMixupCallback
 from tests.exactness import CLASSES
 from tests.formula import Net, assert_formula, pairs
+from tests.helpers import trainer
 
 LAYERS = pytest.mark.parametrize("layer", ["auto", "input", "model.1"])
 
@@ -281,3 +285,24 @@ def test_a_small_effect_of_random_numbers_is_no_leak():
             return F.cross_entropy(z, y) + F.kl_div(moved.log_softmax(1), target, reduction="batchmean")
 
     assert_formula(Virtual(), pairs(), "input", passes=1)
+
+
+OWN = np.random.default_rng(0)
+
+
+def test_random_numbers_that_nobody_can_repeat(caplog):
+    """A generator of the user's file: no oracle has a verdict, and the step runs once."""
+
+    class Augments(Net):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self.model(x * OWN.uniform(0.5, 2)), y)
+
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level("INFO"):
+        warnings.simplefilter("always")
+        loader = DataLoader(pairs(), batch_size=None, collate_fn=lambda batch: batch)
+        trainer(ManifoldMixupCallback(layers=["model.1"], seed=0)).fit(Augments(), loader)
+    assert not any("twice" in str(warning.message) for warning in warned)
+    said = [record.message for record in caplog.records if "has no verdict" in record.message]
+    assert len(said) == 2
+    assert "when it runs again" in said[1]
