@@ -2,4 +2,4 @@
 
 from lightning_manifold_mixup._step.extras import require
 
-require("lightning")  # also where `pytorch_lightning` is used, whose classes are others
+require("lightning")  # also where ``pytorch_lightning`` is used, whose classes are others
