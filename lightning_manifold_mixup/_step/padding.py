@@ -73,9 +73,7 @@ def _without_padding(batch: Any, site: Site, n: int) -> Iterator[tuple[Any, int,
         for token in tokens[counts.argsort(descending=True)][:_CANDIDATES]:
             others = leaf[leaf != token]
             filled = torch.where(leaf == token, others.flatten()[:1], leaf) if len(others) else leaf
-            if len(others) < leaf.numel() and bool(
-                (filled != filled[:1]).any()
-            ):  # otherwise a label would not show either
+            if len(others) < leaf.numel() and bool((filled != filled[:1]).any()):  # else labels would not show
                 yield key, int(token), filled
 
 

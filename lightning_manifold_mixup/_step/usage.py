@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_manifold_mixup._step.batch import tensors
-from lightning_manifold_mixup._step.recording import value_arguments
+from lightning_manifold_mixup._step.recording import Read, Recording, function_name
 
 Use = Literal["values", "classes", "both"]
 
@@ -102,7 +101,7 @@ class _Target:
     flag_line: str = ""
 
 
-class LabelUse(TorchFunctionMode):
+class LabelUse(Recording):
     """Notes how the code that runs inside uses floating point targets. It changes nothing.
 
     A use counts if it reaches what is trained: if an operation reads a tensor computed from targets alone and one that
@@ -189,28 +188,11 @@ class LabelUse(TorchFunctionMode):
             parts.append(f"used as values by {target.value_line}")
         return ", ".join(parts)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        with torch._C.DisableTorchFunctionSubclass():
-            reads = [(tensor, _version(tensor)) for tensor in tensors(value_arguments(name, args, kwargs))]
-        out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            read = [tensor for tensor, _ in reads]
-            known = {id(tensor) for tensor in read}
-            results = [tensor for tensor in tensors(out) if id(tensor) not in known]
-            results += [tensor for tensor, version in reads if _version(tensor) != version]
-            if results:
-                self._record(func, name, args, kwargs, read, results)
-        return out
-
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], results: list[Tensor]) -> None:
+    @override
+    def record(
+        self, func: Any, args: Any, kwargs: Any, reads: Sequence[Read], made: list[Tensor], written: list[Tensor]
+    ) -> None:
+        name, read, results = function_name(func), [one.tensor for one in reads], [*made, *written]
         labels = [self._labels[tensor] for tensor in read if tensor in self._labels]
         trained = any(tensor.requires_grad for tensor in results)
         self._trace(name, read, results, trained)
@@ -235,13 +217,13 @@ class LabelUse(TorchFunctionMode):
             if moved is None and values:
                 same = [label.columns for label in labels if isinstance(label.columns, Tensor)]
                 columns = same[0] if len(labels) == 1 and same and same[0].shape == result.shape else values
-            made = classes
+            held = classes
             if (not result.is_floating_point() or name in _DISCRETE) and values:
                 line = line or _place(name)
                 for target in self._of(values):  # a mean of zeros and ones is neither, for a metric either
                     target.flag_line = target.flag_line or (line if target.flags else "")
-                made, columns = classes if in_torchmetrics() else classes | values, frozenset()
-            self._labels[result] = _Label(columns, made, line)
+                held, columns = classes if in_torchmetrics() else classes | values, frozenset()
+            self._labels[result] = _Label(columns, held, line)
 
     def _of(self, values: Iterable[int]) -> list[_Target]:
         """List the targets that some columns belong to."""
@@ -317,10 +299,6 @@ def _numbers(columns: Tensor | frozenset[int]) -> frozenset[int]:
     if isinstance(columns, Tensor):
         return frozenset(torch.unique(columns).tolist()) - {-1}
     return columns
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _frames() -> Iterator[Any]:
