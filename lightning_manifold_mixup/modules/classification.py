@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 from weakref import WeakSet
 
 import lightning.pytorch as pl
@@ -22,6 +22,7 @@ from lightning_manifold_mixup._step.keys import KeyOrKeys
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.modules.losses import LossName, SoftLabelLossMixin
+from lightning_manifold_mixup.modules.optimization import Interval, configured, paper_sgd
 from lightning_manifold_mixup.partners import Partners
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
@@ -55,11 +56,6 @@ class MixupOptions(TypedDict, total=False):
 
 # Instead of their names, which jsonargparse before 4.50 takes for types that it cannot check.
 MixupOptions.__annotations__ = get_type_hints(MixupOptions)
-
-
-def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """Make the paper's optimizer: SGD with learning rate 0.1, Nesterov momentum 0.9 and weight decay 1e-4."""
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
 class ManifoldMixupModule(SoftLabelLossMixin, Module):
@@ -107,9 +103,9 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         layers: str | list[str] | dict[str, float] = "auto",
         mixup: MixupOptions | None = None,
         loss: LossName = "cross_entropy",
-        optimizer: OptimizerCallable = _default_optimizer,
+        optimizer: OptimizerCallable = paper_sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
     ) -> None:
         super().__init__()
         if loss not in ("cross_entropy", "bce"):
@@ -163,11 +159,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -47,10 +47,10 @@ from lightning_manifold_mixup.modules.classification import (
     Evaluation,
     ManifoldMixupModule,
     MixupOptions,
-    _default_optimizer,
     check_options,
 )
 from lightning_manifold_mixup.modules.losses import LossName
+from lightning_manifold_mixup.modules.optimization import Interval, paper_sgd
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -213,9 +213,9 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         layers: str | list[str] | dict[str, float] = "auto",
         mixup: MixupOptions | None = None,
         loss: LossName = "cross_entropy",
-        optimizer: OptimizerCallable = _default_optimizer,
+        optimizer: OptimizerCallable = paper_sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
     ) -> None:
         super().__init__(model, num_classes, 0.0, layers, None, loss, optimizer, lr_scheduler, lr_interval)
         if teacher not in _PUBLISHED:
