@@ -22,7 +22,7 @@ from typing_extensions import override
 
 
 class Partners(ABC):
-    """A strategy. A base class and no protocol, since the YAML parser finds the classes that fit by their base.
+    """A strategy. It is a base class and not a protocol, because the YAML parser finds strategies by their base.
 
     Example:
         >>> class NextInBatch(Partners):
@@ -34,7 +34,7 @@ class Partners(ABC):
 
     @abstractmethod
     def __call__(self, targets: Any, n: int, generator: np.random.Generator) -> Tensor:
-        """Chooses a partner for each sample of a minibatch.
+        """Choose a partner for each sample of a minibatch.
 
         Args:
             targets: the targets of the batch as they are before mixing: a tensor, or a structure of tensors.
@@ -56,7 +56,7 @@ class UniformPartners(Partners):
 
     @override
     def __call__(self, targets: Any, n: int, generator: np.random.Generator) -> Tensor:
-        """A permutation; see :class:`Partners`."""
+        """Return a permutation; see ``Partners``."""
         return torch.from_numpy(generator.permutation(n))
 
 
@@ -67,8 +67,8 @@ class LabelDistancePartners(Partners):
     sample itself is among those drawn from, and partners repeat. Waits for the device: one copy of the labels a batch.
 
     Args:
-        bandwidth: sigma, in units of the labels. Small, a sample is mixed with its like alone, or with itself; large,
-            with all alike.
+        bandwidth: sigma, in units of the labels. If it is small, a sample is mixed with similar ones or with itself; if
+            it is large, with all equally often.
 
     Raises:
         ValueError: for a bandwidth that is not a finite number > 0.
@@ -89,7 +89,7 @@ class LabelDistancePartners(Partners):
 
     @override
     def __call__(self, targets: Any, n: int, generator: np.random.Generator) -> Tensor:
-        """Partners with repeats; see :class:`Partners`.
+        """Partners with repeats; see ``Partners``.
 
         Args:
             targets: one tensor of n rows, of numbers that have distances: (n,) or (n, ...).
@@ -105,11 +105,11 @@ class LabelDistancePartners(Partners):
         return _draw(self.log_weights(targets, n), generator)
 
     def log_weights(self, targets: Any, n: int) -> Tensor:
-        """``log P(j | i)`` in row i and column j, up to a number for each row; (n, n) float64 on the host."""
+        """Compute ``log P(j | i)`` in row i and column j, up to a number for each row; (n, n) float64 on the host."""
         labels = _labels(targets, n, "LabelDistancePartners").reshape(n, -1).double()
         if not labels.isfinite().all():
             raise ValueError(f"Expected labels that are finite numbers, got {int((~labels.isfinite()).sum())} others.")
-        # By differences: the faster way by products leaves a distance between labels that are equal.
+        # By differences: the faster way by products gives equal labels a distance above 0.
         distances = torch.cdist(labels, labels, compute_mode="donot_use_mm_for_euclid_dist")
         return -((distances / self.bandwidth) ** 2) / 2
 
@@ -128,7 +128,7 @@ class ClassBalancedPartners(Partners):
 
     @override
     def __call__(self, targets: Any, n: int, generator: np.random.Generator) -> Tensor:
-        """Partners with repeats; see :class:`Partners`.
+        """Partners with repeats; see ``Partners``.
 
         Args:
             targets: one tensor of n integer or bool labels.
@@ -152,16 +152,16 @@ class ClassBalancedPartners(Partners):
 
 
 def _draw(log_weights: Tensor, generator: np.random.Generator) -> Tensor:
-    """An index for each row, with probability proportional to ``exp(log_weights)``.
+    """Return an index for each row, with probability proportional to ``exp(log_weights)``.
 
-    The largest of the logarithms plus Gumbel noise has that probability: nothing is exponentiated, so nothing
-    overflows, or vanishes with the sum.
+    The largest of the logarithms plus Gumbel noise has that probability. Nothing is exponentiated, so nothing
+    overflows.
     """
     return (log_weights + torch.from_numpy(generator.gumbel(size=log_weights.shape))).argmax(1)
 
 
 def _labels(targets: Any, n: int, who: str) -> Tensor:
-    """The one tensor in ``targets``, on the host."""
+    """Return the one tensor in ``targets``, on the host."""
     found: list[Tensor] = []
     apply_to_collection(targets, Tensor, found.append)
     if len(found) != 1 or found[0].ndim == 0 or len(found[0]) != n:

@@ -29,7 +29,7 @@ FLOORS = (
 
 CIRCLES = (
     # Labels in superposition, and the rules by which torch functions are evaluated on them: each needs the other.
-    {f"{PACKAGE}._step.targets", f"{PACKAGE}._step.operations"},
+    {f"{PACKAGE}._step.{name}" for name in ("targets", "operations", "pairs")},
     {f"{PACKAGE}._step.hooks", f"{PACKAGE}.mixing"},
 )
 

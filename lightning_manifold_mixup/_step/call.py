@@ -22,23 +22,23 @@ class Call:
         return self.kwargs["batch"] if "batch" in self.kwargs else self.args[0]
 
     def on(self, batch: Any) -> Call:
-        """The same call with another batch."""
+        """Return the same call with another batch."""
         if "batch" in self.kwargs:
             return Call(self.args, {**self.kwargs, "batch": batch})
         return Call((batch, *self.args[1:]), self.kwargs)
 
     def of(self, training_step: Callable[..., Any], batch: Any) -> Any:
-        """Calls a training step with another batch."""
+        """Call a training step with another batch."""
         call = self.on(batch)
         return training_step(*call.args, **call.kwargs)
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a training step returned; None if it skips the batch."""
+    """Return the loss in what a training step returned; None if it skips the batch."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """What a training step returned, with another loss."""
+    """Return what a training step returned, with another loss."""
     return {**output, "loss": loss} if isinstance(output, Mapping) else loss

@@ -1,4 +1,4 @@
-"""What hooks must mind under torch.compile."""
+"""What hooks need under torch.compile: new graphs, and versions that take them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHOLE_MODULE = (2, 8)
 
 
 def compiled_parts(module: nn.Module) -> list[str]:
-    """Names of the modules inside ``module`` (``""`` is itself) that torch.compile has wrapped."""
+    """Return the names of the modules inside ``module`` (``""`` is itself) that torch.compile has wrapped."""
     if "torch._dynamo" not in sys.modules:  # then nothing can have been compiled; importing it takes a second
         return []
     from torch._dynamo import OptimizedModule
@@ -29,7 +29,7 @@ def compiled_parts(module: nn.Module) -> list[str]:
 
 
 def check_compiled(module: nn.Module) -> None:
-    """Refuses compiled modules that the installed versions would not mix.
+    """Refuse compiled modules that the installed versions would not mix.
 
     Raises:
         MisconfigurationException: for a LightningModule compiled as a whole before torch 2.8, and for anything compiled
@@ -56,11 +56,11 @@ def torch_version() -> tuple[int, ...]:
 
 @contextmanager
 def fresh_graphs(layers: int) -> Iterator[None]:
-    """Forgets graphs that were compiled without the mixing hooks, and makes room for one graph for each layer.
+    """Forget graphs that were compiled without the mixing hooks, and make room for one graph for each layer.
 
-    A graph that is already cached would go on without the hooks, since torch.compile does not guard on them. Mixing at
-    each of ``layers`` layers, and at none, in training and in evaluation, with a full and an odd last batch, gives at
-    most ``2 * layers + 2`` graphs; the default limit is 8.
+    torch.compile does not notice new hooks, so a cached graph would go on without them. Mixing at each of ``layers``
+    layers, and at none, in training and in evaluation, with a full and an odd last batch, gives at most ``2 * layers +
+    2`` graphs; the default limit is 8.
     """
     import torch._dynamo
 
@@ -72,7 +72,7 @@ def fresh_graphs(layers: int) -> Iterator[None]:
 
 
 def limit_of_graphs() -> str:
-    """The option of ``torch._dynamo.config`` that limits how often a function is compiled (renamed after 2.6)."""
+    """Name the option of ``torch._dynamo.config`` that limits the graphs of a function (renamed after 2.6)."""
     import torch._dynamo
 
     return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
@@ -80,6 +80,6 @@ def limit_of_graphs() -> str:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """What torch.compile has wrapped runs uncompiled."""
+    """Run what torch.compile has wrapped without the compiler."""
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -1,4 +1,4 @@
-"""Under torch.compile the oracles see the eager code. So its loss and gradient are held against the compiled ones."""
+"""Under torch.compile the oracles see eager code, so its loss and gradient are compared with the compiled ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import MixingError
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
-# Compilers fuse and reorder; a mistake in the mixing is larger.
+# Compilers fuse and reorder operations; a mistake in the mixing would be larger.
 _ACCURACY = 1e-3
 
 
@@ -35,7 +35,7 @@ class Eager:
     moves: bool
 
     def compare(self, loss: Tensor) -> Any:
-        """Compares the compiled loss, and the gradient by the parameter when it comes; returns the hook's handle.
+        """Compare the compiled loss, and the gradient by the parameter when it comes; return the hook's handle.
 
         Raises:
             MixingError: if the loss is another one. The hook raises it in backward, if the gradient has got lost.
@@ -59,7 +59,7 @@ _REMEDY = "Upgrade torch, or train uncompiled. No weight has changed in this ste
 
 
 def eager_step(trials: Trials, site: Site, mixes: Mixes) -> Eager | None:
-    """Runs the mixed batch uncompiled, on ghosts; None where that tells nothing: random numbers, a skipped batch."""
+    """Run the mixed batch uncompiled, on ghosts; None where that tells nothing: random numbers, a skipped batch."""
     parameter = next((p for p in trials.module.parameters() if p.requires_grad), None)
     before = random_states(trials.module.parameters())
     runs: list[Outcome] = []

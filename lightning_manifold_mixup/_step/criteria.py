@@ -1,8 +1,8 @@
-"""Modules of the user's that are handed labels in superposition: criteria and metrics.
+"""The user's modules that are handed labels in superposition: criteria and metrics.
 
 Operation by operation, ``operations.py`` evaluates straight-line tensor code. A criterion module can be evaluated as a
 whole, which also holds for one that branches on the labels, goes through numpy or calls a custom ``autograd.Function``.
-A metric must never meet a superposition: it sees the dominant labels, as plain tensors.
+A metric is never handed a superposition: it sees the dominant labels, as plain tensors.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class CriterionHooks:
         self._others: list[Any] = []  # one entry for each call in progress: a ghost, and what it is to be called with
 
     def register(self, criterion: nn.Module, stack: ExitStack) -> CriterionHooks:
-        """Hooks the criterion; closing ``stack`` takes the hooks back."""
+        """Register the hooks; closing ``stack`` removes them."""
         stack.callback(criterion.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         stack.callback(criterion.register_forward_hook(self.after, with_kwargs=True, always_call=True).remove)
         return self
 
     def before(self, criterion: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Lets the module run on the dominant labels."""
+        """Let the module run on the dominant labels."""
         found = superpositions((args, kwargs))
         if len(found) != 1:
             self._others.append(None)
@@ -64,7 +64,7 @@ class CriterionHooks:
         return labelling(args, True), labelling(kwargs, True)
 
     def after(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Runs it once more on the others, and puts both results in superposition."""
+        """Run it once more on the others, and put both results into superposition."""
         other = self._others.pop()
         if other is None or output is None:  # None: the criterion raised
             return None
@@ -75,7 +75,7 @@ class CriterionHooks:
         set_random_states(states_after)
         recorded = note_use(superposition, (output, second))
         self.unfit |= not all(_is_loss(tensor) for tensor in tensors(output))
-        # What it keeps for the step to read (`self.last`) is in superposition, too: of the dominant labels afterwards.
+        # Tensors that it keeps for the step to read (``self.last``) are put into superposition, too.
         others = {(number, name): value for number, name, value in _kept(ghost)}
         for number, name, value in list(_kept(criterion)):
             if id(value) not in kept and (number, name) in others:
@@ -96,7 +96,7 @@ class CriterionHooks:
 
 
 def _kept(module: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
-    """The tensors that the parts of a module keep as plain attributes: the number of the part, the name, the tensor."""
+    """Yield the tensors that a module's parts keep as plain attributes: number of the part, name, tensor."""
     for number, part in enumerate(module.modules()):
         for name, value in vars(part).items():
             if isinstance(value, Tensor):
@@ -108,7 +108,7 @@ def _is_loss(tensor: Tensor) -> bool:
 
 
 def criterion_candidates(module: nn.Module) -> list[str]:
-    """Names of the outermost modules that hold no weights (parameters of two or more dimensions).
+    """Return the names of the outermost modules that hold no weights (parameters of two or more dimensions).
 
     Without weights a module is no part of the network that is trained. PyTorch's own modules are straight-line tensor
     code, metrics have a way of their own, and TorchScript takes no hooks.
@@ -125,7 +125,7 @@ def criterion_candidates(module: nn.Module) -> list[str]:
 
 
 def criterion_hooks(module: nn.Module, without: Iterable[str] = ()) -> dict[str, CriterionHooks]:
-    """The hooks on the criteria of a module or its ghost, by name; those of ``without`` are taken off first."""
+    """Return the hooks on the criteria of a module or its ghost, by name; those of ``without`` are taken off first."""
     found = {}
     for name, part in named_layers(module).items():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
@@ -140,7 +140,7 @@ def criterion_hooks(module: nn.Module, without: Iterable[str] = ()) -> dict[str,
 
 
 def plain_metrics(module: nn.Module, stack: ExitStack) -> None:
-    """Lets the metrics of a module see the dominant labels; closing ``stack`` takes that back.
+    """Let the metrics of a module see the dominant labels; closing ``stack`` takes that back.
 
     What they compute from them counts as read by Python code: a loss may use it.
     """
@@ -165,7 +165,7 @@ def plain_metrics(module: nn.Module, stack: ExitStack) -> None:
 
 
 def _metrics(module: nn.Module) -> Iterator[Metric]:
-    """The metrics inside a module, also those in lists and dicts that are no modules."""
+    """Return the metrics inside a module, also those in lists and dicts that are no modules."""
     for part in module.modules():
         if isinstance(part, Metric):
             yield part

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the host does not wait for CUDA, and the copy has its memory until it is done."""
+    """Return the tensor on a device; the host does not wait for CUDA, and the copy has its memory until it is done."""
     if device.type != "cuda":
         return tensor.to(device)
     return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
@@ -23,5 +23,5 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on its device or on the host, with gradient."""
+    """Return the tensor in float64, on its device or on the host, with gradient."""
     return tensor.to(float64_device(tensor.device)).double()

@@ -1,4 +1,4 @@
-"""What reaches the loss past layer k and the targets: named, after the swap oracle has found that something does."""
+"""Names what reaches the loss around layer k and the targets, once the swap oracle has found that something does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_manifold_mixup.layers import INPUT, named_layers
 
 
 def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train: bool) -> str:
-    """What else reaches the loss, and what to do about it, in a sentence or two.
+    """Say in a sentence or two what else reaches the loss, and what to do about it.
 
     Args:
         trials: the step.
@@ -35,7 +35,7 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
         conditions = {"states": mixes, "labels": mixes, "how": "partners"} | conditions
         try:
             outcome = trials.run(where, train=train, **conditions)
-        except Exception:  # a part of the batch that cannot be permuted is none that we look for
+        except Exception:  # a part that cannot be permuted is not the one that is looked for
             return False
         return outcome.loss is not None and _Comparison(outcome, plain_run, wrong).value[0]
 
@@ -121,7 +121,7 @@ def _labels_enter_before(trials: Trials, site: Site, mixes: Mixes, train: bool) 
 
 
 def _modules_aside(trials: Trials, site: Site) -> Iterator[str]:
-    """The outermost modules with weights that neither hold layer k nor are held by it."""
+    """Return the outermost modules with weights that neither hold layer k nor are held by it."""
     found: list[str] = []
     for name, module in named_layers(trials.module).items():
         around = site.layer == name or site.layer.startswith(f"{name}.") or name.startswith(f"{site.layer}.")

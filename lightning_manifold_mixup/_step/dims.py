@@ -12,15 +12,15 @@ def sample_dim(shape: Sequence[int], n: int, batch_dim: int | None = None, rows:
 
     It is dimension 0, if that has the size n. Dimension 1 is taken for time-major sequences, (time, n, ...), but not
 
-    - of tensors with two dimensions: rows of something else (nodes, points, tokens) may happen to be n wide;
+    - in tensors with two dimensions: rows of something else (nodes, points, tokens) may have n features;
     - where dimension 0 is a multiple of n: it may hold several views of each sample;
     - where dimension 0 has the size of such rows in the batch.
 
     Args:
-        shape: The shape of the tensor.
-        n: The number of samples.
-        batch_dim: The dimension, if the user has said so.
-        rows: Sizes that are known to count something else: the first sizes of inputs without a dimension of size n.
+        shape: the shape of the tensor.
+        n: the number of samples.
+        batch_dim: the dimension, if the user has said so.
+        rows: sizes that are known to count something else: the first sizes of inputs without a dimension of size n.
 
     Example:
         >>> sample_dim((4, 7, 9), n=4), sample_dim((7, 4, 9), n=4), sample_dim((7, 4), n=4), sample_dim((8, 4, 9), n=4)
@@ -45,15 +45,14 @@ def sample_dims(
 ) -> tuple[int | None, ...]:
     """Return the same for each tensor that a layer returns.
 
-    A recurrent layer of PyTorch has an argument that says it, and its last states always have the samples in dimension
-    1.
+    A recurrent layer of PyTorch has ``batch_first``, and its last states always have the samples in dimension 1.
 
     Args:
-        shapes: The shapes of the floating point tensors, in the order of the structure.
-        n: The number of samples.
-        batch_dim: The dimension, if the user has said so.
-        module: The layer.
-        rows: See `sample_dim`.
+        shapes: the shapes of the floating point tensors, in the order of the structure.
+        n: the number of samples.
+        batch_dim: the dimension, if the user has said so.
+        module: the layer.
+        rows: see ``sample_dim``.
 
     Example:
         >>> sample_dims([(4, 4, 9), (1, 4, 9), (1, 4, 9)], n=4, module=nn.LSTM(5, 9, batch_first=True))

@@ -1,7 +1,7 @@
 """Dependencies that may be missing, imported where they are needed and not before.
 
-`import lightning_manifold_mixup` needs none of torchvision, scikit-learn, timm, matplotlib or rich. Code that needs one
-of them calls `require`, so that the advice how to install it stands in one place.
+``import lightning_manifold_mixup`` needs none of torchvision, scikit-learn, timm, matplotlib or rich. Code that needs
+one of them calls ``require``, so that one place says how to install it.
 """
 
 import importlib
@@ -14,8 +14,8 @@ def require(module: str, extra: str = "") -> ModuleType:
     """Import a module that may not be installed.
 
     Args:
-        module: the name to import, for example `"torchvision.transforms.v2"`.
-        extra: the extra of this package that installs it, `"cli"` or `"all"`; without one, the module is a package
+        module: the name to import, for example ``"torchvision.transforms.v2"``.
+        extra: the extra of this package that installs it, ``"cli"`` or ``"all"``; without one, the module is a package
             of that name.
 
     Returns:

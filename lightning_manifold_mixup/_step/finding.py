@@ -1,7 +1,6 @@
 """The input and the target of a batch where the user names neither, and errors that say what to set.
 
-A rule that holds for nearly every batch of its kind finds them; wherever two readings are possible, the error names
-both.
+The rules hold for nearly every batch of a kind; where a batch can be read in two ways, the error names both.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ def find_target(batch: Any, inputs: Sequence[Key] = ()) -> Key:
     """Return the key of the target of a batch.
 
     Args:
-        batch: What the dataloader gives.
-        inputs: Keys of the inputs, where the user has named them.
+        batch: what the dataloader gives.
+        inputs: keys of the inputs, where the user has named them.
 
     Raises:
-        ValueError: Where it is not beyond doubt which one it is.
+        ValueError: where it is not certain which one it is.
 
     Example:
         >>> import torch
@@ -73,7 +72,7 @@ def find_target(batch: Any, inputs: Sequence[Key] = ()) -> Key:
 
 
 def beside_labels(batch: Any, target: Key) -> list[Key]:
-    """List what is made of the labels, for a decoder to be given: `decoder_input_ids`, `decoder_attention_mask`."""
+    """List what is made of the labels, for a decoder to be given: ``decoder_input_ids``, ``decoder_attention_mask``."""
     parent = str(target).rpartition(".")[0]
     return [
         key
@@ -86,11 +85,11 @@ def find_input(batch: Any, targets: Sequence[Key] = ()) -> Key:
     """Return the key of the input of a batch.
 
     Args:
-        batch: What the dataloader gives.
-        targets: Keys of the targets, which are not the input.
+        batch: what the dataloader gives.
+        targets: keys of the targets, which are not the input.
 
     Raises:
-        ValueError: Where it is not beyond doubt which one it is.
+        ValueError: where it is not certain which one it is.
 
     Example:
         >>> find_input((1, 2)), find_input({"pixels": 1, "label": 2}), find_input((1, 2, 3), targets=[1, 2])
@@ -149,7 +148,7 @@ def target_is_input(batch: Any) -> str:
 
 
 def why_no_labels(batch: Any, key: Key, value: Any) -> str:
-    """Say why what is at `key` holds no tensor of labels, and what to do."""
+    """Say why what is at ``key`` holds no tensor of labels, and what to do."""
     shown = f" The batch is:\n{batches.describe(batch)}"
     parts = value if isinstance(value, (list, tuple)) else ()
     if any(isinstance(part, Mapping) for part in parts):
@@ -303,9 +302,9 @@ def _like_two_loaders(one: Any, two: Any, pair: tuple[Key, Key] | None) -> bool:
     """Whether a pair of structures is two batches, rather than the inputs and the targets of one.
 
     Args:
-        one: The first structure.
-        two: The second.
-        pair: Input and target of the first, if they can be found in it.
+        one: the first structure.
+        two: the second.
+        pair: input and target of the first, if they can be found in it.
     """
     if batches.structure(one) == batches.structure(two):
         return True

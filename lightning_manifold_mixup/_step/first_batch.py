@@ -45,7 +45,7 @@ def watch(
     mixes: tuple[Mix, ...],
     training_step: Callable[..., Any] | None = None,
 ) -> FirstBatch:
-    """Watches one plain training step: on a ghost, or ``training_step`` itself where it is given.
+    """Watch one plain training step: on a ghost, or ``training_step`` itself where it is given.
 
     Args:
         module: the LightningModule.
@@ -95,7 +95,7 @@ def watch(
         except Exception:
             if root is module:
                 raise
-            # The step may be written for labels in superposition (`y.labels`). If not, the error is the user's own.
+            # The step may be written for labels in superposition (``y.labels``). If not, the error is the user's own.
             superposition = Superposition(mixes[0].lam).to(mixes[0].partners.device)
             stack.callback(superposition.close)
             superposed = site.mixed(batch_of_ghosts(call.batch), mixes, mixes, "superposed", superposition)

@@ -38,7 +38,7 @@ class NoGhostError(Exception):
 
 
 def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
-    """A copy that shares the parameters of ``module``, and nothing else.
+    """Return a copy that shares the parameters of ``module``, and nothing else.
 
     Args:
         module: a LightningModule, or a part of one. Tensors kept on it that are results of a computation are copied
@@ -73,10 +73,10 @@ def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
         with _copyable():
             ghost = copy.deepcopy(module, memo)
             rebind(ghost, memo)
-    except Exception as error:  # of whatever object the user keeps there
+    except Exception as error:  # any error of an object that the user keeps on the module
         raise NoGhostError(f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error})") from error
     for name, original in (getattr(ghost, "_compiler_ctx", None) or {}).items():
-        if name.startswith("original_"):  # of a module compiled as a whole: functions of the module, not of the copy
+        if name.startswith("original_"):  # compiled as a whole: these are functions of the module, not of the copy
             vars(ghost)[name.removeprefix("original_")] = original
     if isinstance(vars(ghost).get("training_step"), types.FunctionType):
         # A wrapper that somebody has put there calls the step of the module itself, not that of the copy.
@@ -85,13 +85,13 @@ def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
         del vars(ghost)["training_step"]
     for part in ghost.modules():
         if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
-            vars(part)["_trainer"] = memo.get(id(trainer))  # which a copy of a LightningModule does without
+            vars(part)["_trainer"] = memo.get(id(trainer))  # deepcopy leaves it out
             _disarm(part)
     return ghost
 
 
 def batch_of_ghosts(batch: Any) -> Any:
-    """A copy of a batch, for a step that may write into it, or take parts out of it.
+    """Return a copy of a batch, for a step that may write into it, or take parts out of it.
 
     Raises:
         NoGhostError: if something in the batch cannot be copied.
@@ -110,17 +110,17 @@ def _trainer_of_ghosts(trainer: Any) -> Any:
 
 
 def _disarm(module: Any) -> None:
-    """A LightningModule that logs nowhere, and whose optimizers and backward passes do nothing."""
+    """Keep a LightningModule from logging, and its optimizers from stepping."""
     own = vars(module)
     own.update(dict.fromkeys(("log", "log_dict", "print", "clip_gradients"), _nothing))
     optimizers, schedulers = type(module).optimizers, type(module).lr_schedulers
     own["optimizers"] = lambda *args, **kwargs: _disarmed(optimizers(module, *args, **kwargs))
     own["lr_schedulers"] = lambda: _disarmed(schedulers(module))
-    own["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)  # which is noted
+    own["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)  # ``Backwards`` notes it
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In the place of what must not happen."""
+    """Do nothing, in place of a method that must not run."""
 
 
 def _disarmed(value: Any) -> Any:
@@ -167,7 +167,7 @@ class Backwards(TorchFunctionMode):
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[Writes]:
-    """What runs inside, on a ghost of ``module``, leaves no trace outside of the ghost.
+    """Keep what runs inside, on a ghost of ``module``, from leaving a trace outside of the ghost.
 
     Parameters, their gradients and flags, and random numbers are as they were afterwards; nothing is printed, and
     ``breakpoint()`` does not stop. Tells which parameters were written into.
@@ -197,7 +197,7 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
 
 
 def random_states(parameters: Any) -> tuple[Any, ...]:
-    """The states of the global random generators: PyTorch's, also on the devices of the parameters, Python's, NumPy's.
+    """Return the states of the global generators of PyTorch (also on the parameters' devices), Python and NumPy.
 
     Example:
         >>> states = random_states([])
@@ -212,7 +212,7 @@ def random_states(parameters: Any) -> tuple[Any, ...]:
 
 
 def set_random_states(states: tuple[Any, ...]) -> None:
-    """Sets them back to what :func:`random_states` gave."""
+    """Set the generators back to what ``random_states`` gave."""
     host, on_devices, python, numpy = states
     torch.set_rng_state(host)
     for device, state in on_devices:
@@ -222,7 +222,7 @@ def set_random_states(states: tuple[Any, ...]) -> None:
 
 
 def same_random_states(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether no random number lies between the two."""
+    """Whether no random number was drawn between the two."""
     numpy = all(np.array_equal(a, b) for a, b in zip(first[3], second[3], strict=True))
     devices = all(torch.equal(a, b) for (_, a), (_, b) in zip(first[1], second[1], strict=True))
     return numpy and devices and first[2] == second[2] and torch.equal(first[0], second[0])
@@ -230,7 +230,7 @@ def same_random_states(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def _copyable() -> Iterator[None]:
-    """``copy.deepcopy`` takes what it cannot take otherwise: results of computations, locks, files, generators."""
+    """Let ``copy.deepcopy`` take results of computations, locks, files and generators as well."""
     original = Tensor.__deepcopy__
 
     def detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -255,7 +255,7 @@ def _copyable() -> Iterator[None]:
 
 
 def _shared(value: Any) -> str:
-    return ""  # for copy.deepcopy any text means: take the object itself
+    return ""  # any text tells copy.deepcopy to take the object itself
 
 
 def _file(value: Any) -> Any:
@@ -266,13 +266,13 @@ def _file(value: Any) -> Any:
 
 
 class _Quiet(io.FileIO):
-    """A file that nobody closes, as nobody knows of it: the ghost takes it along."""
+    """A file of a ghost. It is closed when the ghost is freed, without a warning."""
 
     def _dealloc_warn(self, source: Any) -> None:
-        """No warning that it was not closed, when what reads it goes."""
+        """Give no warning that the file was not closed."""
 
     def __del__(self) -> None:
-        self.close()  # nor when it goes itself
+        self.close()  # before FileIO would warn
 
 
 def _reopened(name: str, position: int, encoding: str | None) -> Any:

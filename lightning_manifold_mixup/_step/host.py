@@ -16,10 +16,10 @@ from typing_extensions import Self, override
 
 
 def _classes(name: str, trainer: Any = None) -> tuple[type, ...]:
-    """The class of that name in each package that has been imported, first in that of the trainer.
+    """Return the class of that name in each package that has been imported, first in that of the trainer.
 
-    ``pytorch_lightning`` is never imported here: it would take half a second of everybody who does not use it. Whoever
-    uses it has imported it before the first callback or module is made.
+    ``pytorch_lightning`` is never imported here: that would take half a second where it is not used. Who uses it
+    has imported it before the first callback or module is made.
     """
     packages = [pl, *filter(None, [sys.modules.get("pytorch_lightning")])]
     packages.sort(key=lambda package: not isinstance(trainer, package.Trainer))
@@ -30,7 +30,7 @@ class Callback(pl.Callback):
     """Base of callbacks for the Trainer of ``lightning.pytorch`` and for that of ``pytorch_lightning``."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A callback that is one under each name of Lightning that has been imported."""
+        """Return a callback that is one under each name of Lightning that has been imported."""
         _join()
         return super().__new__(cls)
 
@@ -39,7 +39,7 @@ class Module(pl.LightningModule):
     """Base of modules for the Trainer of ``lightning.pytorch`` and for that of ``pytorch_lightning``."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A module that is one under each name of Lightning that has been imported."""
+        """Return a module that is one under each name of Lightning that has been imported."""
         _join()
         return super().__new__(cls)
 
@@ -50,13 +50,13 @@ class Module(pl.LightningModule):
 
     @trainer.setter
     def trainer(self, trainer: Any) -> None:
-        # A Trainer takes hooks for the user's if they differ from those of its own package, which so come first.
+        # A Trainer takes a hook for the user's if it is not that of its own package, so that package comes first.
         if trainer is not None:
             Module.__bases__ = _classes("LightningModule", trainer)
         super(Module, type(self)).trainer.fset(self, trainer)  # type: ignore[attr-defined]
 
     def save_configuration(self) -> bool:
-        """Saves as hyperparameters what a LightningCLI makes this module of, if one does."""
+        """Save as hyperparameters what a LightningCLI makes this module of; tell whether one does."""
         for cls in Module.__bases__:
             function: Any = cls.save_hyperparameters  # type: ignore[attr-defined]
             if function.__globals__["_given_hyperparameters"].get() is not None:

@@ -15,7 +15,7 @@ def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
     """See ``interpolation.interpolate``, whose arguments these are.
 
     Transposed, it is for permutations only: each row of the result is written by one program. Partners that are outside
-    the batch give NaN, since nobody has looked at those that were made on the device.
+    the batch give NaN, since values that were made on the device are not checked.
     """
     h = h.contiguous()  # a copy only where h has gaps, as a slice of a larger tensor has
     mixed = torch.empty_like(h)
@@ -79,8 +79,8 @@ def _mix(  # type: ignore[no-untyped-def]
     lam = tl.load(lam_pointer + (sample if per_sample else 0)).to(dtype)
     own = tl.load(h_pointer + own_columns, mask=columns < inner).to(dtype)
     other = tl.load(h_pointer + other_columns, mask=columns < inner).to(dtype)
-    # As torch.lerp has it: lam = 0 gives `other` and lam = 1 gives `own`, to the last bit.
+    # As torch.lerp has it: lam = 0 gives ``other`` and lam = 1 gives ``own``, to the last bit.
     mixed = tl.where(lam < 0.5, other + lam * (own - other), own - (1 - lam) * (own - other))
-    if transposed and per_sample:  # `own` is the partner, and lam its own
+    if transposed and per_sample:  # ``own`` is the partner, and lam its own
         mixed = tl.load(lam_pointer + partner, mask=known, other=0).to(dtype) * own + (1 - lam) * other
     tl.store(mixed_pointer + own_columns, tl.where(known, mixed, float("nan")), mask=columns < inner)

@@ -1,6 +1,6 @@
-"""From what a user writes as keys to the places in a batch: checked, or found by itself (`finding.py`).
+"""Where inputs, targets and masks are in a batch: by the keys that the user gives, or found (``finding.py``).
 
-The answer, `Places`, is kept for batches that are built alike.
+The answer, ``Places``, is kept for batches that are built alike.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Keys:
     """Where a user says that the inputs, the targets and the masks of a batch are.
 
     Args:
-        input_key: An index, a name (dots lead into nested batches: `"labelled.0"`), or a list of those. None finds it:
-            in a pair the first is the input and the second the target; otherwise it goes by the usual names.
-        target_key: Likewise.
-        mask_key: Likewise for attention masks. None finds `attention_mask`.
+        input_key: an index, a name (dots lead into nested batches: ``"labelled.0"``), or a list of those. None finds
+            it: in a pair the first is the input and the second the target; otherwise it goes by the usual names.
+        target_key: likewise.
+        mask_key: likewise for attention masks. None finds ``attention_mask``.
 
     Raises:
-        TypeError: For anything else.
+        TypeError: for anything else.
 
     Example:
         >>> import torch
@@ -60,17 +60,17 @@ class Keys:
         self._found: dict[Any, Places] = {}
 
     def locate(self, batch: Any, batch_dim: int | None = None) -> Places:
-        """Find everything in a batch; at once for one that is built like an earlier one.
+        """Find everything in a batch; the answer is kept for batches that are built alike.
 
         Args:
-            batch: What the dataloader gives.
-            batch_dim: The dimension of hidden states that counts the samples, if the user has said so. Targets that
+            batch: what the dataloader gives.
+            batch_dim: the dimension of hidden states that counts the samples, if the user has said so. Targets that
                 are as long as the input in dimensions 0 and 1 are time-major then, too.
 
         Raises:
-            ValueError: Where it cannot tell, or a key is not in the batch. The message says what to set, and shows the
+            ValueError: where it cannot tell, or a key is not in the batch. The message says what to set, and shows the
                 batch.
-            TypeError: If the target is no tensor or structure of tensors.
+            TypeError: if the target is no tensor or structure of tensors.
         """
         built = batches.structure(batch), batch_dim
         places = self._found.get(built)
@@ -206,7 +206,7 @@ def _groups(
 
 
 def _given(batch: Any, keys: Sequence[Key]) -> list[Key]:
-    """Leave out keys of data loaders that have come to their end: `CombinedLoader` puts None in their place."""
+    """Leave out keys of data loaders that have come to their end: ``CombinedLoader`` puts None in their place."""
     parts = {str(part): part for part in batches.children(batch)}
     ended = {name for name, part in parts.items() if batches.item(batch, part) is None}
     given = [key for key in keys if str(key).partition(".")[0] not in ended or "." not in str(key)]
@@ -221,7 +221,7 @@ def _labels(batch: Any, targets: Sequence[Key]) -> list[Tensor]:
     """Return the tensors of the targets.
 
     Raises:
-        TypeError: If one of the targets holds none.
+        TypeError: if one of the targets holds none.
     """
     labels: list[Tensor] = []
     for key in targets:
@@ -253,7 +253,7 @@ def _number(batch: Any, targets: Sequence[Key], labels: Sequence[Tensor], dim: i
     """Return the number of samples.
 
     Raises:
-        ValueError: If the targets hold different numbers of samples, or none.
+        ValueError: if the targets hold different numbers of samples, or none.
     """
     rows = {label.shape[dim] if label.ndim > dim else None for label in labels}
     if rows == {None} and len(labels) > 1:

@@ -1,4 +1,4 @@
-"""What is logged of a batch that was mixed, and only of that."""
+"""What is logged for a batch that was mixed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PREFIX = "manifold_mixup"
 
 
 def values_of(draw: Draw, layers: Sequence[str], alpha: Any, outputs: Any) -> dict[str, Any]:
-    """The values to log, by name."""
+    """Return the values to log, by name."""
     lam = draw.mix.lam.mean()
     values: dict[str, Any] = {
         f"{PREFIX}/lam": lam,
-        # Not a number: Lightning would copy it to the device, and wait for that.
+        # As a tensor: Lightning would copy a number to the device, and wait for that.
         f"{PREFIX}/layer": torch.full_like(lam, layers.index(draw.layer)),
     }
     if isinstance(alpha, (int, float)):
@@ -30,14 +30,14 @@ def values_of(draw: Draw, layers: Sequence[str], alpha: Any, outputs: Any) -> di
 
 
 def forget(trainer: Any) -> None:
-    """Lightning would show the values of an earlier batch again where this one has none."""
+    """Forget the values of earlier batches, which Lightning would show again where this one has none."""
     for metric in (getattr(trainer, "_results", None) or {}).values():
         if str(metric.meta.name).startswith(f"{PREFIX}/"):
             metric.reset()
 
 
 def hyperparameters(loggers: Iterable[Any], callback: Any) -> None:
-    """Alpha, S, seed and versions, for every logger."""
+    """Log alpha, S, seed and versions with every logger."""
     values = {
         "alpha": str(callback.alpha),
         "layers": ", ".join(f"{index}: {name}" for index, name in enumerate(callback.layers_)),

@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Evaluates a function of (logits, labels) as a whole on both labellings: ``lam * f(y) + (1 - lam) * f(partners)``.
+    """Evaluate a function of (logits, labels) as a whole on both labellings: ``lam * f(y) + (1 - lam) * f(partners)``.
 
     Exact for any code, also where labels in superposition cannot go (control flow that depends on labels, numpy,
     custom ``autograd.Function``), at the price of a second evaluation of the function alone.
 
     Args:
         function: returns a floating point tensor, or a tuple, list or dict of them.
-        *args: its arguments; any of them may be, or contain, a :class:`MixedTarget`.
+        *args: its arguments; any of them may be, or contain, a ``MixedTarget``.
         **kwargs: its keyword arguments, likewise.
 
     Returns:

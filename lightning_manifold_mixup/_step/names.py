@@ -41,7 +41,7 @@ def name_of(key: Key) -> str:
 
 
 def is_mask(key: Key) -> bool:
-    """Whether a name is that of a mask: `mask`, `attention_mask`, `train_mask`.
+    """Whether a name is that of a mask: ``mask``, ``attention_mask``, ``train_mask``.
 
     Example:
         >>> is_mask("attention_mask"), is_mask("label")
@@ -61,7 +61,7 @@ def says_nothing(key: Key) -> bool:
 
 
 def is_length(key: Key) -> bool:
-    """Whether a name is that of lengths of samples: `lengths`, `audio_len`.
+    """Whether a name is that of lengths of samples: ``lengths``, ``audio_len``.
 
     Example:
         >>> is_length("audio_len"), is_length("label")
@@ -71,12 +71,12 @@ def is_length(key: Key) -> bool:
 
 
 def marks_padding(key: Key) -> bool:
-    """Whether a mask is true where there is nothing to see (`key_padding_mask`), rather than where there is."""
+    """Whether a mask is true at padding (``key_padding_mask``), and not at the content."""
     return "pad" in name_of(key)
 
 
 def never_a_label(key: Key) -> bool:
-    """Whether a name rules out a label: masks other than `mask`, lengths, ids, indices, weights, token ids.
+    """Whether a name rules out a label: masks other than ``mask``, lengths, ids, indices, weights, token ids.
 
     Example:
         >>> [name for name in ("label", "color", "mask", "loss_mask", "label_lengths", "id") if never_a_label(name)]
@@ -92,9 +92,9 @@ def label_candidates(batch: object, n: int, inputs: Sequence[Key] = ()) -> list[
     """List the tensors of a batch that could be labels of its samples.
 
     Args:
-        batch: The batch.
-        n: The number of samples.
-        inputs: Keys of the inputs, which are none; nor is a second view of one of them.
+        batch: the batch.
+        n: the number of samples.
+        inputs: keys of the inputs, which are none; nor is a second view of one of them.
 
     Returns:
         Keys, dots inside nested batches.
@@ -122,7 +122,7 @@ def attention_masks(batch: object, n: int) -> list[Key]:
 
 
 def row_masks(batch: object, n: int) -> list[Key]:
-    """List the masks that say which samples are trained on (`train_mask` of a graph's nodes): (n,) bool tensors."""
+    """List the masks that say which samples are trained on (``train_mask`` of a graph's nodes): (n,) bool tensors."""
     return [
         key for key, leaf in batches.leaves(batch) if is_mask(key) and leaf.dtype is torch.bool and leaf.shape == (n,)
     ]

@@ -1,8 +1,8 @@
 """Padding in the self-check: the mask of a sample belongs to its length, not to what is mixed.
 
-The swap oracle permutes states, and the network has read the mask of each sample before layer k. So it is asked about a
-batch in which all samples are seen as a whole. Where a network makes its mask from the tokens, that mask cannot be
-replaced by the union of two, which is worth a warning, and no reason to refuse.
+The swap oracle permutes states, but the network has read the mask of each sample before layer k. So the oracle is asked
+about a batch in which no position is masked. A network that makes its mask from the tokens cannot be given the union of
+two masks: that is a reason to warn, not to refuse.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def all_seen(trials: Trials, places: Places) -> Trials:
 def mask_from_tokens(trials: Trials, site: Site, mixes: Mixes, train: bool) -> str | None:
     """Say which part of the batch the step makes a mask of padding from; None if that does not explain the failure.
 
-    It is known by this: the swap oracle has no objection where that token is replaced by another one.
+    It explains the failure if the swap oracle passes once that token is replaced by another one.
 
     Args:
-        trials: The step.
-        site: The layer at which the swap oracle has failed.
-        mixes: The permutation it failed with.
-        train: Whether the runs are in training mode.
+        trials: the step.
+        site: the layer at which the swap oracle has failed.
+        mixes: the permutation it failed with.
+        train: whether the runs are in training mode.
     """
     for key, token, filled in _without_padding(trials.call.batch, site, len(mixes[0].partners)):
         others = _on(trials, batches.replaced(trials.call.batch, key, filled))
         try:
             plain_run = others.run(train=train)
             finding = swap(others, site, mixes, plain_run, None, train)
-        except Exception:  # a part of the batch that cannot be changed is none that we look for
+        except Exception:  # a part that cannot be changed is not the one that is looked for
             continue
         if plain_run.loss is not None and finding.verdict is Verdict.PASSED:
             return (
@@ -73,7 +73,7 @@ def _without_padding(batch: Any, site: Site, n: int) -> Iterator[tuple[Any, int,
         for token in tokens[counts.argsort(descending=True)][:_CANDIDATES]:
             others = leaf[leaf != token]
             filled = torch.where(leaf == token, others.flatten()[:1], leaf) if len(others) else leaf
-            if len(others) < leaf.numel() and bool((filled != filled[:1]).any()):  # else a label would not show either
+            if len(others) < leaf.numel() and bool((filled != filled[:1]).any()):  # else labels would not show
                 yield key, int(token), filled
 
 

@@ -17,7 +17,7 @@ REMEDY = (
 
 
 def paired(first: Any, second: Any, superposition: Superposition, steady: bool = False, averaged: bool = True) -> Any:
-    """One result out of those for the two labellings, in their structure."""
+    """Make one result of those for the two labellings, in their structure."""
     if isinstance(first, Tensor):
         averaged = averaged and first.is_floating_point()
         return _Superposed._of(first, second, superposition, steady, averaged)
@@ -36,14 +36,14 @@ def paired(first: Any, second: Any, superposition: Superposition, steady: bool =
 
 
 def note_use(superposition: Superposition, results: Any) -> bool:
-    """Notes whether a value with a gradient has come of labels in superposition, and tells it."""
+    """Note whether a value with a gradient has come of labels in superposition, and return that."""
     recorded = any(tensor.requires_grad for tensor in tensors(results))
     superposition.used |= recorded
     return recorded
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments or results of a torch function: nested tuples, lists and dicts at most."""
+    """Return the tensors among the arguments or results of a torch function: nested tuples, lists and dicts at most."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def generator(seed: int | None, count: int, stream: int) -> np.random.Generator:
-    """Random numbers that are a function of their key alone: no state to carry, save or restore.
+    """Make random numbers that depend on their key alone: there is no state to carry, save or restore.
 
     Args:
         seed: of the run.
@@ -25,11 +25,11 @@ def generator(seed: int | None, count: int, stream: int) -> np.random.Generator:
 
 
 class Stream:
-    """The same random numbers for one batch after the other: one generator, set to a key in place of a new one each.
+    """The same random numbers, from one generator that is set to the key of each batch.
 
     Args:
         seed: of the run.
-        stream: see :func:`generator`.
+        stream: see ``generator``.
 
     Example:
         >>> Stream(0, stream=1).at(7).random() == generator(0, count=7, stream=1).random()
@@ -42,12 +42,12 @@ class Stream:
         self._generator = np.random.Generator(self._bits)
 
     def at(self, count: int) -> np.random.Generator:
-        """The generator, at the start of a batch. It is the same object each time."""
+        """Return the generator, at the start of a batch. It is the same object each time."""
         self._start["state"]["counter"][3] = count
         self._bits.state = self._start
         return self._generator
 
 
 def global_seed() -> int:
-    """The seed of ``seed_everything``, or a fresh one that takes nothing from the global generators."""
+    """Return the seed of ``seed_everything``, or a fresh one that takes nothing from the global generators."""
     return int(os.environ.get("PL_GLOBAL_SEED", secrets.randbits(32)))

@@ -1,4 +1,4 @@
-"""What Python code gets that reads values in superposition on the host: in the pair oracle, and in training."""
+"""What Python code gets when it reads values in superposition on the host, in the pair oracle and in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_manifold_mixup._step.targets import MixingError, SuperpositionError
 from lightning_manifold_mixup._step.usage import in_torchmetrics
 
-# A host read that is asked more often than this is a loop that waits for it.
+# More reads than this are taken for a loop that waits for another value.
 _READS = 1000
 # Functions that make a tensor of an array or a list.
 _FROM_HOST = {"tensor", "as_tensor", "asarray", "new_tensor"}
@@ -30,7 +30,7 @@ Line = tuple[Any, int]
 
 
 def reading_line() -> Line:
-    """The line of the user's code that is running."""
+    """Return the line of the user's code that is running."""
     frame: Any = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
@@ -41,7 +41,7 @@ class Reads:
     """Answers Python code that reads values in superposition on the host, and notes that it did.
 
     Args:
-        answers: what is read: 0 as it is shown, 1 and -1 as it might be in another batch; in turn.
+        answers: what reads return, in turn: 0 for the value shown, 1 and -1 for what it might be in another batch.
 
     Attributes:
         asked: how often a value was read that depends on the labelling.
@@ -57,7 +57,7 @@ class Reads:
         self.returned = False
 
     def __call__(self, name: str, first: Any, second: Any, shown: Any) -> Any:
-        """What is read."""
+        """Return what is read."""
         answer = self._answers[self.asked % len(self._answers)]
         self.asked += 1
         self.lines.add(reading_line())
@@ -68,7 +68,7 @@ class Reads:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Notes what is made of arrays and lists inside."""
+        """Note what is made of arrays and lists inside."""
         from_numpy = torch.from_numpy  # the one that no TorchFunctionMode sees
 
         def noted(array: Any) -> Tensor:
@@ -83,12 +83,12 @@ class Reads:
             torch.from_numpy = from_numpy
 
     def note_return(self) -> None:
-        """A tensor has been made of an array or a list."""
+        """Note that a tensor has been made of an array or a list."""
         self.returned |= self._arrays and not in_torchmetrics()
 
 
 def _disturbed(shown: Any, answer: int, labellings: tuple[Any, Any]) -> Any:
-    """What might be read in another batch: of labels, each class is another one that is there, too."""
+    """Return what might be read in another batch: of labels, each class is another one that is there, too."""
     if isinstance(shown, bool):
         return answer > 0
     if isinstance(shown, (int, float)):
@@ -132,7 +132,7 @@ class Answers:
         self.new: set[Line] = set()
 
     def __call__(self, name: str, first: Any, second: Any, shown: Any) -> Any:
-        """What is read."""
+        """Return what is read."""
         line = reading_line()
         if line in self._harmless:
             return shown

@@ -1,4 +1,4 @@
-"""Functions kept on a module that know it by their closure: made to know its ghost instead.
+"""Functions on a module that hold it in their closure: copied, to hold the ghost instead.
 
 ``copy.deepcopy`` takes functions as they are. A ``module.forward = lambda x: module.net(x)``, a wrapped
 ``training_step`` or a forward hook would so run on the module itself, and write into its lists.
@@ -17,7 +17,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def rebind(ghost: nn.Module, memo: dict[int, Any]) -> None:
-    """Gives all functions on the parts of a ghost closures over the ghost.
+    """Give all functions on the parts of a ghost closures over the ghost.
 
     Args:
         ghost: changed in place.

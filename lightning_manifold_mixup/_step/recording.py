@@ -50,7 +50,7 @@ class Recording(TorchFunctionMode, ABC):
         kwargs = kwargs or {}
         # Labels in superposition are a tensor subclass, whose own ``__torch_function__`` must not answer here.
         with torch._C.DisableTorchFunctionSubclass():
-            reads = [read_of(tensor) for tensor in tensors(value_arguments(function_name(func), args, kwargs))]
+            reads = [read_of(tensor) for tensor in tensors(_values(function_name(func), args, kwargs))]
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             made = [tensor for tensor in tensors(out) if not any(tensor is read.tensor for read in reads)]
@@ -75,7 +75,7 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def value_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Leave out the tensors that an operation asks for their shape or type only."""
     if name.endswith("_like") or name.startswith("new_"):
         return ()

@@ -22,7 +22,7 @@ from lightning_manifold_mixup._step.step import How, Site
 from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
 from lightning_manifold_mixup.mixing import Mix
 
-# How many modules before the loss have their gradients compared: heads.
+# How many modules before the loss have their gradients compared.
 _HEADS = 3
 Mixes = tuple[Mix, ...]
 
@@ -88,17 +88,17 @@ class Trials:
         seed: int | None = None,
         beside: nn.Parameter | None = None,
     ) -> Outcome:
-        """The user's step on a ghost.
+        """Run the user's step on a ghost.
 
         Args:
             site: where states are mixed; None leaves the batch as it is.
             states: how they are mixed, for each group of samples; none leaves them as they are.
             labels: how the targets are.
-            how: integer labels; see :meth:`Site.mixed`.
+            how: integer labels; see ``Site.mixed``.
             train: in training mode, or in eval mode without autocast.
             also: keys of further parts of the batch, which are permuted like the labels.
             around: called with the ghost, to hook it.
-            reader: of host reads; see :class:`Superposition`.
+            reader: of host reads; see ``Superposition``.
             seed: of the random numbers; None goes on with those of the module.
             beside: one more parameter to take the gradient by.
         """
@@ -171,7 +171,7 @@ class _Heads:
         self._dtypes |= {t.dtype for t in tensors(output) if t.is_floating_point()}  # autocast may be the step's own
 
     def note_loss(self, loss: Tensor, beside: nn.Parameter | None = None, writes: int = 0) -> None:
-        """Takes a loss and its gradients, before its graph goes or its parameters change.
+        """Take a loss and its gradients, before its graph is freed or its parameters change.
 
         A loss after weights were written into (``writes`` counts that) is left out: as after an optimizer's step, it
         may depend on the gradient of the first, and is then no mean of two.
@@ -193,7 +193,7 @@ class _Heads:
         self._losses.append(float64(loss.detach()).sum())
 
     def outcome(self, random: Any, used: bool) -> Outcome:
-        """What the run gave."""
+        """Return what the run gave."""
         if not self._losses:
             return Outcome(None, torch.zeros(0), 0.0, random)
         loss = torch.stack(self._losses).sum()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +19,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from lightning_manifold_mixup._step.batch import tensors
-from lightning_manifold_mixup._step.recording import value_arguments
+from lightning_manifold_mixup._step.recording import Read, Recording, function_name
 
 Use = Literal["values", "classes", "both"]
 
-# What moves entries and leaves their values alone. It is run on the numbers of the columns, too.
+# Operations that move entries and keep their values. They are run on the numbers of the columns, too.
 _MOVES = {
     "__getitem__", "__get__", "__iter__", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel",
     "squeeze", "unsqueeze", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "select",
@@ -36,7 +35,7 @@ _MOVES = {
     "take_along_dim", "masked_select", "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave",
     "cat", "concat", "concatenate", "stack", "hstack", "vstack", "roll", "flip", "diagonal", "unfold",
 }  # fmt: skip
-# Of these, what takes several tensors.
+# Those of them that take several tensors.
 _JOINS = {
     "cat", "concat", "concatenate", "stack", "hstack", "vstack",
 }  # fmt: skip
@@ -45,7 +44,7 @@ _SUMS = _JOINS | {
     "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "subtract", "rsub", "__sub__", "__rsub__",
     "__isub__",
 }  # fmt: skip
-# What finds an order or whole numbers, and returns floats.
+# Operations that find an order or whole numbers, and return floats.
 _DISCRETE = {
     "sort", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "unique", "round", "floor", "ceil",
     "trunc", "fix", "sign", "sgn", "heaviside", "floor_divide", "__floordiv__", "__rfloordiv__",
@@ -65,9 +64,9 @@ class _Label(NamedTuple):
     """What a tensor that was computed from targets alone says about them.
 
     Attributes:
-        columns: The columns whose values it holds: a tensor of its shape with their numbers, or the set of them.
-        classes: The columns that it holds as classes.
-        line: Where they were made classes.
+        columns: the columns whose values it holds: a tensor of its shape with their numbers, or the set of them.
+        classes: the columns that it holds as classes.
+        line: where they were made classes.
     """
 
     columns: Tensor | frozenset[int]
@@ -79,8 +78,8 @@ class _Origin(NamedTuple):
     """Which targets a tensor was computed from, whatever else it was computed from.
 
     Attributes:
-        keys: Their keys.
-        joint: Those among them that an operation has read together, and the line where it did.
+        keys: their keys.
+        joint: those among them that an operation has read together, and the line where it did.
     """
 
     keys: frozenset[str]
@@ -102,14 +101,14 @@ class _Target:
     flag_line: str = ""
 
 
-class LabelUse(TorchFunctionMode):
+class LabelUse(Recording):
     """Notes how the code that runs inside uses floating point targets. It changes nothing.
 
-    A use counts where it reaches what is trained: where a tensor computed from targets alone meets one that carries a
-    gradient. So a check on the host (`assert y.min() >= 0`) is none, nor is a metric.
+    A use counts if it reaches what is trained: if an operation reads a tensor computed from targets alone and one that
+    carries a gradient. A check on the host (``assert y.min() >= 0``) or a metric does not count.
 
     Args:
-        targets: The targets by key, as the code inside will hold them. Those of integers are noted as what others are
+        targets: the targets by key, as the code inside will hold them. Those of integers are noted as what others are
             read together with.
 
     Example:
@@ -130,7 +129,7 @@ class LabelUse(TorchFunctionMode):
         self._targets: dict[str, _Target] = {}
         self._labels: Any = WeakIdKeyDictionary()
         self._origins: Any = WeakIdKeyDictionary()
-        # What was computed from what is trained, and carries no gradient: predictions of a metric.
+        # Computed from what is trained, without a gradient: the predictions that a metric gets.
         self._predictions: Any = WeakIdKeyDictionary()
         self._stack = ExitStack()
         start = 0
@@ -159,9 +158,9 @@ class LabelUse(TorchFunctionMode):
         """Say how a target was used.
 
         Returns:
-            `"classes"` if all columns that were used as values were used as classes, too, or if the target was read
-            together with another one; `"both"` if it holds columns of classes beside columns of values (rows of boxes,
-            pairs of a time and an event); else `"values"`.
+            ``"classes"`` if all columns that were used as values were used as classes, too, or if the target was read
+            together with another one; ``"both"`` if it holds columns of classes beside columns of values (rows of
+            boxes, pairs of a time and an event); else ``"values"``.
         """
         target = self._targets[key]
         if target.joint_line or target.flag_line:
@@ -189,28 +188,11 @@ class LabelUse(TorchFunctionMode):
             parts.append(f"used as values by {target.value_line}")
         return ", ".join(parts)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        with torch._C.DisableTorchFunctionSubclass():
-            reads = [(tensor, _version(tensor)) for tensor in tensors(value_arguments(name, args, kwargs))]
-        out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            read = [tensor for tensor, _ in reads]
-            known = {id(tensor) for tensor in read}
-            results = [tensor for tensor in tensors(out) if id(tensor) not in known]
-            results += [tensor for tensor, version in reads if _version(tensor) != version]
-            if results:
-                self._record(func, name, args, kwargs, read, results)
-        return out
-
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], results: list[Tensor]) -> None:
+    @override
+    def record(
+        self, func: Any, args: Any, kwargs: Any, reads: Sequence[Read], made: list[Tensor], written: list[Tensor]
+    ) -> None:
+        name, read, results = function_name(func), [one.tensor for one in reads], [*made, *written]
         labels = [self._labels[tensor] for tensor in read if tensor in self._labels]
         trained = any(tensor.requires_grad for tensor in results)
         self._trace(name, read, results, trained)
@@ -228,20 +210,20 @@ class LabelUse(TorchFunctionMode):
             self._note(name, values, classes, line)
             return
         if name not in _MOVES and any(tensor.dtype is not torch.bool for tensor in predicted):
-            values = frozenset()  # an error, a distance between prediction and target: no label any more
+            values = frozenset()  # a difference of prediction and target is no label
         moved = self._moved(func, name, args, kwargs, len(results)) if name in _MOVES and values else None
         for index, result in enumerate(results):
             columns: Tensor | frozenset[int] = values if moved is None else moved[index]
             if moved is None and values:
                 same = [label.columns for label in labels if isinstance(label.columns, Tensor)]
                 columns = same[0] if len(labels) == 1 and same and same[0].shape == result.shape else values
-            made = classes
+            held = classes
             if (not result.is_floating_point() or name in _DISCRETE) and values:
                 line = line or _place(name)
                 for target in self._of(values):  # a mean of zeros and ones is neither, for a metric either
                     target.flag_line = target.flag_line or (line if target.flags else "")
-                made, columns = classes if in_torchmetrics() else classes | values, frozenset()
-            self._labels[result] = _Label(columns, made, line)
+                held, columns = classes if in_torchmetrics() else classes | values, frozenset()
+            self._labels[result] = _Label(columns, held, line)
 
     def _of(self, values: Iterable[int]) -> list[_Target]:
         """List the targets that some columns belong to."""
@@ -303,7 +285,7 @@ class LabelUse(TorchFunctionMode):
 
 
 def _columns(target: Tensor) -> tuple[Tensor, int]:
-    """Number the columns of a target: places in dimension 1 and in the last one, which may hold classes and values."""
+    """Give each column of a target a number: places in dimension 1 and the last one may hold classes or values."""
     if target.ndim < 2:
         return torch.zeros(target.shape, dtype=torch.int64, device=target.device), 1
     channels, last = target.shape[1], target.shape[-1]
@@ -319,10 +301,6 @@ def _numbers(columns: Tensor | frozenset[int]) -> frozenset[int]:
     return columns
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _frames() -> Iterator[Any]:
     frame = sys._getframe(1)
     while frame is not None:
@@ -331,7 +309,7 @@ def _frames() -> Iterator[Any]:
 
 
 def in_torchmetrics() -> bool:
-    """Whether a metric is computed: it compares and sorts, and nothing is trained on what comes of that."""
+    """Whether a metric is being computed: it compares and sorts, and its results are not trained on."""
     return any(str(frame.f_globals.get("__name__", "")).startswith("torchmetrics.") for frame in _frames())
 
 

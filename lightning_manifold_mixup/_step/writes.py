@@ -1,4 +1,4 @@
-"""What a training step writes into the weights it shares with its ghost: noted, and taken back."""
+"""Notes what a training step writes into the weights that it shares with its ghost, and takes it back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Writes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[nn.Parameter] = set()
         self.count = 0
-        # By the address of the memory: a parameter, its `data` and its views are different objects.
+        # By the address of the memory: a parameter, its ``data`` and its views are different objects.
         self._owners = {_memory(parameter): (parameter, parameter.data) for parameter in parameters}
         self._before: dict[int, Tensor] = {}
 
@@ -50,7 +50,7 @@ class Writes(TorchDispatchMode):
                     self.count += 1
                     if memory not in self._before:
                         self._before[memory] = self._owners[memory][1].clone()
-        with torch._C.DisableTorchFunction():  # an operation under way is no call of the user's
+        with torch._C.DisableTorchFunction():  # this runs inside an operation and is no call of the user's
             return func(*args, **(kwargs or {}))
 
     @override
@@ -78,7 +78,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operation writes into, as its schema says."""
+    """Return the tensors that an operation writes into, as its schema says."""
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue

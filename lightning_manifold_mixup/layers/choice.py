@@ -33,7 +33,7 @@ def default_layers(layers: Sequence[Layer]) -> list[str]:
     4. S is the first element and the first half of the units (rounded up); of more than six, six evenly spaced.
 
     Args:
-        layers: All layers, judged.
+        layers: all layers, judged.
 
     Returns:
         Their names, from the input on; empty if no layer is eligible.

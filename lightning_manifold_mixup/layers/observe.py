@@ -1,7 +1,7 @@
 """Observing one real forward pass: hooks around every layer, the record of what flows between them, and no trace after.
 
 Whether a layer is eligible is a property of the graph that a forward pass computes. It is read from a pass that happens
-anyway (the first training batch), or from one that `eligible_layers` runs and takes back.
+anyway (the first training batch), or from one that ``eligible_layers`` runs and takes back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_manifold_mixup.layers.report import LayerReport, make_report
 
 
 class Observation:
-    """What one forward pass showed. Made by `observe`; ask it for a `report` once the pass is over."""
+    """What one forward pass showed. Made by ``observe``; ask it for a ``report`` once the pass is over."""
 
     def __init__(self, root: nn.Module, flow: Flow, batch_sizes: Sequence[int], batch_dim: int | None) -> None:
         self._root = root
@@ -43,11 +43,11 @@ class Observation:
         """Analyse what was observed.
 
         Args:
-            outputs: The network's outputs (tensors, nested in any way), if they are what counts as the end of the
+            outputs: the network's outputs (tensors, nested in any way), if they are what counts as the end of the
                 network. By default the end is the content that met a target: the logits that the loss received.
 
         Returns:
-            The report on every layer. Its `sinks_found` is False if no loss used the targets.
+            The report on every layer. Its ``sinks_found`` is False if no loss used the targets.
         """
         ends = None
         if outputs is not None:
@@ -78,7 +78,7 @@ class Observation:
         )
 
     def _around(self, names: list[str]) -> tuple[Any, Any]:
-        """Return the hooks for before and after a module that bears `names`."""
+        """Return the hooks for before and after a module that bears ``names``."""
 
         def before(module: nn.Module, args: Any) -> None:
             # Before each call, because sharded parameters (FSDP) are other tensors while the module runs.
@@ -120,24 +120,24 @@ def observe(
     batch_size: int | Sequence[int] | None = None,
     batch_dim: int | None = None,
 ) -> Iterator[Observation]:
-    """Observe the forward pass that runs inside the `with` block.
+    """Observe the forward pass that runs inside the ``with`` block.
 
     Nothing changes for what runs inside: results and gradients are bitwise the same, no random number is drawn, no
-    buffer touched. Parts compiled by `torch.compile` run eagerly. Hooks and modes are gone afterwards, also after an
+    buffer touched. Parts compiled by ``torch.compile`` run eagerly. Hooks and modes are gone afterwards, also after an
     exception; backward may run inside or later.
 
     Args:
-        root: The module that layer names are relative to.
-        inputs: The tensors of the batch that enter the network (nested in any way): float tensors, token ids.
-        targets: The tensors of the batch that the loss compares with, as the code inside will hold them. They may share
+        root: the module that layer names are relative to.
+        inputs: the tensors of the batch that enter the network (nested in any way): float tensors, token ids.
+        targets: the tensors of the batch that the loss compares with, as the code inside will hold them. They may share
             memory with inputs (an autoencoder).
-        batch_size: The number of samples; of several groups of samples, on which the network is called in turn, one
+        batch_size: the number of samples; of several groups of samples, on which the network is called in turn, one
             for each. By default the first size of the first input.
-        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1
+        batch_dim: the dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1
             for tensors of three dimensions or more.
 
     Yields:
-        The observation, to be asked for its `report()`.
+        The observation, to be asked for its ``report()``.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -180,22 +180,22 @@ def eligible_layers(
     normalisation), and the states of the random generators.
 
     Args:
-        model: The network. A LightningModule without `forward` runs its `training_step` instead, on a copy that shares
-            the parameters, logs nowhere and steps no optimizer.
-        *inputs: What to call it with: an example batch of at least two samples. A mapping (the batch of a tokenizer) is
-            handed to a network that takes its entries by name. For a `training_step`, a whole batch.
-        batch_size: The number of samples. By default the first size of the first input; of a batch for a
-            `training_step`, the number of its targets.
-        batch_dim: The dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1
+        model: the network. A LightningModule without ``forward`` runs its ``training_step`` instead, on a copy that
+            shares the parameters, logs nowhere and steps no optimizer.
+        *inputs: what to call it with: an example batch of at least two samples. A mapping (the batch of a tokenizer) is
+            handed to a network that takes its entries by name. For a ``training_step``, a whole batch.
+        batch_size: the number of samples. By default the first size of the first input; of a batch for a
+            ``training_step``, the number of its targets.
+        batch_dim: the dimension of layers' outputs that runs over samples. By default 0 if its size is right, else 1
             for tensors of three dimensions or more.
-        **kwargs: Further arguments for the call.
+        **kwargs: further arguments for the call.
 
     Returns:
         A report with a row for every layer, the eligible ones and the default choice.
 
     Raises:
-        ValueError: If a `training_step` has to run, and the target of the batch is not clear.
-        NoGhostError: If it has to, and the module cannot be copied.
+        ValueError: if a ``training_step`` has to run, and the target of the batch is not clear.
+        NoGhostError: if it has to, and the module cannot be copied.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -22,19 +22,19 @@ class LayerRow:
     """What was found about one layer.
 
     Attributes:
-        name: Its name, relative to the observed module; `"input"` for the network's input.
-        type: The name of its class.
-        shapes: The shapes of all float tensors of its output, in the order of the structure.
-        eligible: Whether mixing there mixes the whole state.
-        selected: Whether it is in the default S.
-        verdict: The finding.
-        batch_dims: For each of `shapes`, the dimension that runs over samples (0 or 1), None if none does.
-        batch_dim: The one that they share, None if they share none (an LSTM's output and its last states).
-        ambiguous: Whether dimensions 0 and 1 both have the size of the batch, so that `batch_dim` is a guess.
-        calls: How often it was called in all, teachers' and second forward passes included.
-        live_calls: Which of the calls (counted from 0) lie on the way from the input to the logits.
-        order: Its position among all calls; -1 for the input, None if it was never called.
-        group: Layers of one group return the very same tensor.
+        name: its name, relative to the observed module; ``"input"`` for the network's input.
+        type: the name of its class.
+        shapes: the shapes of all float tensors of its output, in the order of the structure.
+        eligible: whether mixing there mixes the whole state.
+        selected: whether it is in the default S.
+        verdict: the finding.
+        batch_dims: for each of ``shapes``, the dimension that runs over samples (0 or 1), None if none does.
+        batch_dim: the one that they share, None if they share none (an LSTM's output and its last states).
+        ambiguous: whether dimensions 0 and 1 both have the size of the batch, so that ``batch_dim`` is a guess.
+        calls: how often it was called in all, teachers' and second forward passes included.
+        live_calls: which of the calls (counted from 0) lie on the way from the input to the logits.
+        order: its position among all calls; -1 for the input, None if it was never called.
+        group: layers of one group return the very same tensor.
     """
 
     name: str
@@ -65,12 +65,12 @@ class LayerReport:
     """The layers of a network, and which of them are eligible for mixing.
 
     Attributes:
-        rows: One row per layer, the input first, then in the order of `named_modules`.
-        default: The default S, from the input on.
-        model: The name of the observed module's class.
-        batch_size: The number of samples observed; of several groups, that of the first.
-        batch_dim: The dimension that was said to run over samples, None if it was told by its size.
-        sinks_found: Whether the end of the network was found; False if no loss used the targets.
+        rows: one row per layer, the input first, then in the order of ``named_modules``.
+        default: the default S, from the input on.
+        model: the name of the observed module's class.
+        batch_size: the number of samples observed; of several groups, that of the first.
+        batch_dim: the dimension that was said to run over samples, None if it was told by its size.
+        sinks_found: whether the end of the network was found; False if no loss used the targets.
     """
 
     rows: tuple[LayerRow, ...]
@@ -89,7 +89,7 @@ class LayerReport:
         """Return the row of one layer.
 
         Raises:
-            ValueError: If there is no layer of this name.
+            ValueError: if there is no layer of this name.
         """
         for row in self.rows:
             if row.name == name:
@@ -115,7 +115,7 @@ class LayerReport:
         """Return the rows as a table of the package rich.
 
         Raises:
-            ModuleNotFoundError: If rich is not installed; the message has the pip command.
+            ModuleNotFoundError: if rich is not installed; the message has the pip command.
         """
         table: Table = require("rich.table", "cli").Table(title=f"Layers of {self.model}")
         for heading in _HEADINGS:
@@ -138,10 +138,10 @@ def make_report(layers: Sequence[Layer], model: str, observed: Rows, sinks_found
     """Put the findings in the form that users see.
 
     Args:
-        layers: All layers, judged, the input first.
-        model: The name of the observed module's class.
-        observed: What counts samples.
-        sinks_found: Whether the end of the network was found.
+        layers: all layers, judged, the input first.
+        model: the name of the observed module's class.
+        observed: what counts samples.
+        sinks_found: whether the end of the network was found.
 
     Returns:
         The report.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 from weakref import WeakSet
 
 import lightning.pytorch as pl
@@ -22,6 +22,7 @@ from lightning_manifold_mixup._step.keys import KeyOrKeys
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.modules.losses import LossName, SoftLabelLossMixin
+from lightning_manifold_mixup.modules.optimization import Interval, configured, paper_sgd
 from lightning_manifold_mixup.partners import Partners
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
@@ -36,7 +37,7 @@ torch.serialization.add_safe_globals([AlphaSchedule])
 
 
 class MixupOptions(TypedDict, total=False):
-    """What :class:`ManifoldMixupCallback` takes beside ``alpha`` and ``layers``; it says what each is."""
+    """What ``ManifoldMixupCallback`` takes beside ``alpha`` and ``layers``; it says what each is."""
 
     probability: float
     input_key: KeyOrKeys
@@ -57,16 +58,11 @@ class MixupOptions(TypedDict, total=False):
 MixupOptions.__annotations__ = get_type_hints(MixupOptions)
 
 
-def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """The paper's: SGD with learning rate 0.1, Nesterov momentum 0.9 and weight decay 1e-4."""
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-
-
 class ManifoldMixupModule(SoftLabelLossMixin, Module):
     """Trains a classifier with Manifold Mixup, and evaluates it on plain data.
 
     Use it as it is, or subclass it. Batches are pairs of inputs and (n,) class indices. It brings a
-    :class:`ManifoldMixupCallback` along, made of ``alpha``, ``layers`` and ``mixup``. To use one of your own (with
+    ``ManifoldMixupCallback`` along, made of ``alpha``, ``layers`` and ``mixup``. To use one of your own (with
     another ``draw``, for instance), give it to the Trainer and set ``alpha=0`` here.
 
     ``load_from_checkpoint(path, model=network)`` takes all arguments from the checkpoint but ``model``, ``optimizer``
@@ -76,8 +72,8 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
     Args:
         model: maps inputs to (n, num_classes) logits.
         num_classes: number of classes.
-        alpha: see :class:`ManifoldMixupCallback`; 0 is the baseline without mixup, by the same code.
-        layers: see :class:`ManifoldMixupCallback`. Names start with ``"model."``.
+        alpha: see ``ManifoldMixupCallback``; 0 is the baseline without mixup, by the same code.
+        layers: see ``ManifoldMixupCallback``. Names start with ``"model."``.
         mixup: the callback's other arguments, by name (``{"log_mixing": True}``).
         loss: ``"cross_entropy"``, or ``"bce"``: binary cross entropy of the softmax, as in the paper's public code.
         optimizer: makes the optimizer from the parameters; SGD as in the paper by default.
@@ -107,9 +103,9 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         layers: str | list[str] | dict[str, float] = "auto",
         mixup: MixupOptions | None = None,
         loss: LossName = "cross_entropy",
-        optimizer: OptimizerCallable = _default_optimizer,
+        optimizer: OptimizerCallable = paper_sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
     ) -> None:
         super().__init__()
         if loss not in ("cross_entropy", "bce"):
@@ -133,7 +129,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         self.best_error = MinMetric()
 
     def _save(self, hyperparameters: dict[str, Any], without: Sequence[str] = ()) -> None:
-        """For load_from_checkpoint."""
+        """Save what ``load_from_checkpoint`` needs."""
         if self.save_configuration():  # of a LightningCLI, which knows how to make all of it again
             return
         # Lightning would compare them with the arguments of a subclass, which may be arrays.
@@ -163,11 +159,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +200,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         self._log_evaluations("test")
 
     def _networks(self) -> dict[str, nn.Module]:
-        """The networks that are evaluated, by the name that their evaluations have behind that of the stage."""
+        """Return the networks to evaluate, each with what follows the stage in the names of its metrics."""
         return {"": self}
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
@@ -250,13 +242,13 @@ class Evaluation(nn.Module):
         self.nll = MeanMetric()
 
     def forward(self, logits: Tensor, y: Tensor) -> None:
-        """Adds a batch: (n, classes) and (n,)."""
+        """Add a batch: (n, classes) and (n,)."""
         logits = logits.float()
         self.metrics.update(logits.softmax(1), y)
         self.nll.update(F.cross_entropy(logits, y, reduction="none"))
 
     def compute(self) -> dict[str, Tensor]:
-        """The values of the epoch, by name; the next one begins."""
+        """Return the values of the epoch, by name; the next one begins."""
         values = {
             name.replace("accuracy", "error"): 1 - value if name.endswith("accuracy") else value
             for name, value in self.metrics.compute().items()
@@ -268,7 +260,7 @@ class Evaluation(nn.Module):
 
 
 def check_options(options: MixupOptions | None, own: Sequence[str] = ("alpha", "layers")) -> dict[str, Any]:
-    """The callback's further arguments.
+    """Check the callback's further arguments.
 
     Args:
         options: by name.

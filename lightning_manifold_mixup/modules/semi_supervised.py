@@ -4,8 +4,8 @@ The loss of a step is ``labelled + w(t) * consistency``.
 
 - *labelled* is supervised Manifold Mixup on a labelled batch (``mixing.py``).
 - *consistency*: an unlabelled batch has no labels to mix, so the predictions of a *teacher* stand in for them. The
-  student, with its hidden states mixed at layer k, is to predict the teacher's predictions for the plain samples,
-  mixed with the same lam and permutation. No gradient goes into these.
+  student, with its hidden states mixed at layer k, learns to predict the teacher's predictions for the plain samples,
+  mixed with the same lam and permutation. These targets carry no gradient.
 - ``w(t) = w_max * exp(-5 (1 - t)^2)``, where t rises from 0 to 1 over the first part of training.
 
 There are two published variants.
@@ -17,9 +17,9 @@ There are two published variants.
   teacher logits)``.
 
 Batch normalisation is that of the published code of both: **every pass is in training mode**, the teacher's too. Each
-pass normalises with the statistics of its own batch, and updates the running statistics of the network that it runs.
-So those of the student have seen mixed and plain batches. An EMA teacher has its own, of plain unlabelled batches:
-its parameters are averages of the student's, its buffers are not.
+pass normalises with the statistics of its own batch, and updates the running statistics of the network that it runs. So
+the statistics of the student come from mixed and plain batches. An EMA teacher has its own, of plain unlabelled
+batches: its parameters are averages of the student's, its buffers are not.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from lightning_manifold_mixup.modules.classification import (
     Evaluation,
     ManifoldMixupModule,
     MixupOptions,
-    _default_optimizer,
     check_options,
 )
 from lightning_manifold_mixup.modules.losses import LossName
+from lightning_manifold_mixup.modules.optimization import Interval, paper_sgd
 
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -59,7 +59,7 @@ _PUBLISHED = {"self": (1.0, 0.4), "ema": (100.0, 0.25)}  # w_max and ramp
 
 
 def consistency_weight(step: int, ramp_steps: float, w_max: float) -> float:
-    """``w_max * exp(-5 (1 - t)^2)`` with ``t = step / ramp_steps``, at most 1.
+    """Compute ``w_max * exp(-5 (1 - t)^2)`` with ``t = step / ramp_steps``, at most 1.
 
     Args:
         step: optimizer steps taken so far.
@@ -96,7 +96,7 @@ def consistency_loss(logits: Tensor, target_logits: Tensor, softmax: bool) -> Te
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float = 0.999) -> None:
-    """``teacher <- d * teacher + (1 - d) * student`` with ``d = min(1 - 1 / (step + 1), decay)``, for parameters.
+    """Average parameters: ``teacher <- d * teacher + (1 - d) * student``, ``d = min(1 - 1 / (step + 1), decay)``.
 
     For the first ``1 / (1 - decay)`` steps that is the plain average of all weights so far, with the initial ones.
     Buffers stay the teacher's own.
@@ -127,7 +127,7 @@ class PartsCallback(ManifoldMixupCallback):
     Args:
         alpha_labelled: of Beta(alpha, alpha) for the labelled part.
         alpha_unlabelled: the same for the unlabelled part; None if it is not used.
-        layers: see :class:`~lightning_manifold_mixup.ManifoldMixupCallback`.
+        layers: see ``ManifoldMixupCallback``.
         **options: likewise.
     """
 
@@ -161,7 +161,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     """Trains a classifier from few labels and many unlabelled samples; see the module's docstring for the method.
 
     Training batches are ``{"labelled": (x, y), "unlabelled": (x, ...)}``, as
-    :class:`~lightning_manifold_mixup.paper.data.SemiSupervisedDataModule` makes them. When a batch arrives, the teacher
+    ``SemiSupervisedDataModule`` makes them. When a batch arrives, the teacher
     predicts its unlabelled part (``on_after_batch_transfer``); these predictions are a target like the labels, and the
     callback that comes with the module mixes and checks both.
 
@@ -181,11 +181,11 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
             ``"ema"``.
         alpha_labelled: parameter of Beta(alpha, alpha) for labelled batches.
         alpha_unlabelled: the same for unlabelled batches. ICLR 2019 has 0.1 and 2; ICT has 1 and 1 (SVHN: 0.1 and 0.1).
-        ema_decay: of an EMA teacher, in the long run; see :func:`update_teacher`.
-        layers: see :class:`ManifoldMixupModule`.
-        mixup: see :class:`ManifoldMixupModule`; without the keys of the batch, which are known.
-        loss: of labelled batches; see :class:`ManifoldMixupModule`.
-        optimizer: see :class:`ManifoldMixupModule`.
+        ema_decay: of an EMA teacher, in the long run; see ``update_teacher``.
+        layers: see ``ManifoldMixupModule``.
+        mixup: see ``ManifoldMixupModule``; without the keys of the batch, which are known.
+        loss: of labelled batches; see ``ManifoldMixupModule``.
+        optimizer: see ``ManifoldMixupModule``.
         lr_scheduler: likewise.
         lr_interval: likewise.
 
@@ -213,9 +213,9 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         layers: str | list[str] | dict[str, float] = "auto",
         mixup: MixupOptions | None = None,
         loss: LossName = "cross_entropy",
-        optimizer: OptimizerCallable = _default_optimizer,
+        optimizer: OptimizerCallable = paper_sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
     ) -> None:
         super().__init__(model, num_classes, 0.0, layers, None, loss, optimizer, lr_scheduler, lr_interval)
         if teacher not in _PUBLISHED:
@@ -251,7 +251,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The batch that :meth:`training_step` is handed, with the teacher's predictions."""
+        """Return the batch that ``training_step`` is handed, with the teacher's predictions."""
         if not self.trainer.training:
             return batch
         x, y, u = self._parts(batch)
@@ -312,7 +312,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
                 "its method in place of this module's, where the teacher predicts. Do that work in "
                 "`transfer_batch_to_device`."
             )
-        # Lightning says that it calls this module's method, not the data module's, which is what is meant.
+        # Lightning warns that it calls this module's method and not the data module's, which is intended.
         warnings.filterwarnings("ignore", "You have overridden `on_after_batch_transfer` in `LightningModule`")
 
     @override

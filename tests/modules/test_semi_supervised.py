@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, MixingError, eligible_layers
-from lightning_manifold_mixup import semi_supervised as semi
 from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.modules import semi_supervised as semi
 from lightning_manifold_mixup.modules.semi_supervised import (
     SemiSupervisedManifoldMixupModule,
     consistency_weight,
