@@ -13,21 +13,21 @@ import io
 import random
 import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, eager
+from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.rebinding import rebind
 from lightning_manifold_mixup._step.targets import plain
 from lightning_manifold_mixup._step.writes import Writes
@@ -42,8 +42,8 @@ def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
 
     Args:
         module: a LightningModule, or a part of one. Tensors kept on it that are results of a computation are copied
-            without their graph; trainers, data modules, callbacks and locks are shared; files that are written to
-            are replaced by nothing.
+            without their graph; trainers, data modules, callbacks of this package and locks are shared; files that
+            are written to are replaced by nothing.
         own: parameters that the ghost is to have copies of, because its step writes into them. Their gradients still
             arrive at the originals.
 
@@ -61,7 +61,8 @@ def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
     trainer = getattr(module, "_trainer", None)
     if trainer is not None:
         memo[id(trainer)] = _trainer_of_ghosts(trainer)
-        for shared in (getattr(trainer, "datamodule", None), trainer.strategy, *trainer.callbacks):
+        ours = (callback for callback in trainer.callbacks if isinstance(callback, Callback))
+        for shared in (getattr(trainer, "datamodule", None), trainer.strategy, *ours):
             memo[id(shared)] = shared
         for logger in trainer.loggers:
             memo[id(logger)] = DummyLogger()
@@ -78,11 +79,6 @@ def ghost_of(module: nn.Module, own: Collection[nn.Parameter] = ()) -> Any:
     for name, original in (getattr(ghost, "_compiler_ctx", None) or {}).items():
         if name.startswith("original_"):  # compiled as a whole: these are functions of the module, not of the copy
             vars(ghost)[name.removeprefix("original_")] = original
-    if isinstance(vars(ghost).get("training_step"), types.FunctionType):
-        # A wrapper that somebody has put there calls the step of the module itself, not that of the copy.
-        if getattr(type(module), "training_step", None) is pl.LightningModule.training_step:
-            raise NoGhostError(f"the training step of {type(module).__name__} is a function set on the module itself")
-        del vars(ghost)["training_step"]
     for part in ghost.modules():
         if hasattr(part, "_trainer") and hasattr(part, "manual_backward"):
             vars(part)["_trainer"] = memo.get(id(trainer))  # deepcopy leaves it out
@@ -171,6 +167,9 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
 
     Parameters, their gradients and flags, and random numbers are as they were afterwards; nothing is printed, and
     ``breakpoint()`` does not stop. Tells which parameters were written into.
+
+    Raises:
+        NoGhostError: if a part of ``module`` itself is called, which the step has reached past the ghost.
     """
     parameters = list(module.parameters())
     before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
@@ -186,6 +185,7 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if compiled_parts(module):
                 stack.enter_context(eager())
+            stack.callback(register_module_forward_pre_hook(_refuse_parts_of(module)).remove)
             yield stack.enter_context(Writes(parameters))
     finally:
         sys.breakpointhook = hook
@@ -194,6 +194,19 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
         set_random_states(states)
+
+
+def _refuse_parts_of(module: nn.Module) -> Callable[..., None]:
+    names = {id(part): name or type(module).__name__ for name, part in module.named_modules()}
+
+    def refuse(part: nn.Module, args: Any) -> None:
+        if id(part) in names:
+            raise NoGhostError(
+                f"the training step calls {names[id(part)]!r} by a global name, or in another way that a copy of "
+                f"{type(module).__name__} does not know of"
+            )
+
+    return refuse
 
 
 def random_states(parameters: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -39,7 +39,7 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
         arguments = (_rebound(arg, memo) for arg in value.args)
         keywords = {name: _rebound(arg, memo) for name, arg in value.keywords.items()}
         return functools.partial(_rebound(value.func, memo), *arguments, **keywords)
-    if isinstance(value, (list, dict, set)):
+    if isinstance(value, (list, dict, set)) or _knows(value, memo):
         return copy.deepcopy(value, memo)
     if not isinstance(value, FunctionType) or not value.__closure__:
         return value
@@ -52,3 +52,12 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
         if original != CellType():  # one that has been filled already
             cell.cell_contents = _rebound(original.cell_contents, memo)
     return copied
+
+
+def _knows(value: Any, memo: dict[int, Any]) -> bool:
+    """Whether an object keeps what has been copied, or a method of it, or is a callback, which is handed the module."""
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(value, (nn.Module, ModuleType, type)) or not isinstance(attributes, dict):
+        return False
+    kept = (getattr(attribute, "__self__", attribute) for attribute in attributes.values())
+    return hasattr(value, "on_train_batch_start") or any(id(attribute) in memo for attribute in kept)

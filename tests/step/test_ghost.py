@@ -5,6 +5,7 @@ import copy
 import logging
 import random
 import threading
+import types
 
 import lightning as L
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_manifold_mixup import ManifoldMixupCallback
+from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
 from lightning_manifold_mixup._step.ghost import NoGhostError, ghost_of, isolated, random_states, same_random_states
 from tests.exactness import CLASSES, data, network
 from tests.helpers import trainer
@@ -254,3 +255,67 @@ def test_optimizers_and_schedulers_are_disarmed():
     loader = DataLoader(TensorDataset(*data()), 8)
     trainer(ManifoldMixupCallback(layers=["model.1"], seed=0), Count()).fit(module, loader)
     assert counts == [(1, 0.05), (2, 0.025), (3, 0.0125)]
+
+
+class Second(L.LightningModule):
+    """Two labels, the second of which is no target."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def two_losses(module, batch):
+    return F.cross_entropy(module.net(batch[0]), batch[1]) + F.cross_entropy(module.net(batch[0]), batch[2])
+
+
+def by_method(module):
+    module.training_step = types.MethodType(lambda self, batch, batch_idx: two_losses(self, batch), module)
+
+
+def by_closure(module):
+    module.training_step = lambda batch, batch_idx: two_losses(module, batch)
+
+
+def by_container(module):
+    known = {"modules": [module]}
+    module.training_step = lambda batch, batch_idx: two_losses(known["modules"][0], batch)
+
+
+def by_wrapper(module):
+    original = module.training_step
+
+    def training_step(batch, batch_idx):
+        return original(batch, batch_idx) + F.cross_entropy(module.net(batch[0]), batch[2])
+
+    module.training_step = training_step
+
+
+@pytest.mark.parametrize("put", [by_method, by_closure, by_container, by_wrapper])
+def test_a_step_set_on_the_module_is_the_one_that_is_checked(put):
+    module = Second()
+    put(module)
+    before = copy.deepcopy(module.state_dict())
+    batches = DataLoader(TensorDataset(torch.randn(32, 5), *(torch.randint(3, (32,)) for _ in range(2))), 8)
+    with pytest.raises(MixingError, match=r"target_key=\[1, 2\]"):
+        trainer(ManifoldMixupCallback(layers=["net.1"], target_key=1)).fit(module, batches)
+    assert_same(module.state_dict(), before)
+
+
+REACHED: list[nn.Module] = []
+
+
+def test_a_step_that_reaches_the_module_past_its_copy_is_said(caplog):
+    module = Second()
+    REACHED.append(module)
+    module.training_step = lambda batch, batch_idx: F.cross_entropy(REACHED[-1].net(batch[0]), batch[1])
+    batches = DataLoader(TensorDataset(torch.randn(32, 5), torch.randint(3, (32,))), 8)
+    with caplog.at_level("INFO"):
+        trainer(ManifoldMixupCallback(layers=["net.1"])).fit(module, batches)
+    assert "calls 'net' by a global name" in caplog.text
