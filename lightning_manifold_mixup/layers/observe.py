@@ -28,11 +28,15 @@ from lightning_manifold_mixup.layers.report import LayerReport, make_report
 
 
 class Observation:
-    """What one forward pass showed. Made by ``observe``; ask it for a ``report`` once the pass is over."""
+    """What one forward pass showed. Made by ``observe``; ask it for a ``report`` once the pass is over.
+
+    Attributes:
+        flow: the record of which content flowed where.
+    """
 
     def __init__(self, root: nn.Module, flow: Flow, batch_sizes: Sequence[int], batch_dim: int | None) -> None:
         self._root = root
-        self._flow = flow
+        self.flow = flow
         self._batch_sizes = batch_sizes
         self._batch_dim = batch_dim
         self._other_rows: frozenset[int] = frozenset()
@@ -44,7 +48,7 @@ class Observation:
 
         Args:
             outputs: the network's outputs (tensors, nested in any way), if they are what counts as the end of the
-                network. By default the end is the content that met a target: the logits that the loss received.
+                network. By default the end is what was compared with a target: the logits that the loss received.
 
         Returns:
             The report on every layer. Its ``sinks_found`` is False if no loss used the targets.
@@ -52,21 +56,21 @@ class Observation:
         ends = None
         if outputs is not None:
             with torch._C.DisableTorchFunction():  # they may be of a tensor subclass
-                ends = [node for tensor in tensors(outputs) if (node := self._flow.node(tensor)) is not None]
+                ends = [node for tensor in tensors(outputs) if (node := self.flow.node(tensor)) is not None]
         rows = Rows(tuple(self._batch_sizes), self._batch_dim, self._other_rows)
-        layers, sinks_found = analyse(self._root, self._calls, self._flow, ends, rows)
+        layers, sinks_found = analyse(self._root, self._calls, self.flow, ends, rows)
         return make_report(layers, type(self._root).__name__, rows, sinks_found)
 
     def add_targets(self, outputs: Any) -> None:
         """Make what a module has just returned part of the targets, a teacher's output for instance."""
         with torch._C.DisableTorchFunction():
             for tensor in tensors(outputs):
-                self._flow.add_target(tensor)
+                self.flow.add_target(tensor)
 
     def _enter_input(self, inputs: Any) -> None:
         marks, shapes = [], []
         for tensor in tensors(inputs):
-            node = self._flow.add_input(tensor)
+            node = self.flow.add_input(tensor)
             if node is not None and tensor.is_floating_point():  # complex numbers are content, and are not mixed
                 marks.append(Mark(node, tuple(tensor.shape)))
                 shapes.append(tuple(tensor.shape))
@@ -83,7 +87,7 @@ class Observation:
         def before(module: nn.Module, args: Any) -> None:
             # Before each call, because sharded parameters (FSDP) are other tensors while the module runs.
             with torch._C.DisableTorchFunction():
-                self._flow.add_state(module._parameters.values(), module._buffers.values())
+                self.flow.add_state(module._parameters.values(), module._buffers.values())
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:
@@ -94,9 +98,9 @@ class Observation:
                 for index, leaf in enumerate(leaves):
                     if isinstance(leaf, Tensor) and leaf.is_floating_point():
                         shapes.append(tuple(leaf.shape))
-                        from_input.append(self._flow.node(leaf) is not None)
+                        from_input.append(self.flow.node(leaf) is not None)
                         transformed = transformed or is_transformed(leaf)
-                        marked = self._flow.mark(leaf)
+                        marked = self.flow.mark(leaf)
                         if marked is not None:
                             leaves[index], node = marked
                             marks.append(Mark(node, tuple(leaf.shape)))

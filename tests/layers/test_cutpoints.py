@@ -209,7 +209,7 @@ def test_counting_agrees_with_immediate_dominators(name):
     network, inputs = known.build(), known.inputs()
     with observe(network, inputs) as seen:
         output = network(*inputs)
-    flow = seen._flow
+    flow = seen.flow
     sink = flow.node(output)
     into, onward = count_paths(flow.predecessors, [sink])
     counted = {node for node in range(len(into)) if into[node] * onward[node] == into[sink]}

@@ -202,7 +202,7 @@ def test_things_that_cannot_be_copied(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "step\n" * 3
     assert (tmp_path / "fileb").read_bytes() == b"step\n" * 3
     assert capsys.readouterr().out.count("step\n") == 3
-    assert callback._fit is None
+    assert callback.last_draw is None
 
 
 class Uncopyable:
