@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import check_compiled
-from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext
+from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext, check_draw, contexts_of
 from lightning_manifold_mixup._step.fit import Fit, Options, Plan
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
@@ -168,46 +168,33 @@ class ManifoldMixupCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._disarm()
-        alpha = self.alpha(trainer.current_epoch) if isinstance(self.alpha, AlphaSchedule) else self.alpha
-        if self._fit is None or alpha == 0 or not self.should_mix(trainer, batch_idx):
+        fit = self._disarm()
+        if fit is None or (alpha := self._alpha_of(trainer)) == 0 or not self.should_mix(trainer, batch_idx):
             return
-        count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        shared, own = (stream.at(count) for stream in self._fit.streams)
-        if shared.random() >= self.probability:
+        draws = fit.draws
+        draws.start(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+        if draws.uniform() >= self.probability:
             return
         places = self._keys.locate(batch, self.batch_dim)
-        targets = places.targets_of(batch)
-        contexts = [
-            DrawContext(
-                n=places.samples(batch, group),
-                targets=targets[0] if len(targets) == 1 else targets,
-                batch=batch,
-                layers=self._plan.layers or {},
-                alpha=alpha,
-                epoch=trainer.current_epoch,
-                shared=shared,
-                own=own,
-                partners=self.partners,
-                dominant=self.dominant,
-                rows=places.rows_of(batch),
-            )
-            for group in range(len(places.groups))
-        ]
+        how = {"layers": self._plan.layers or {}, "alpha": alpha, "epoch": trainer.current_epoch, "draws": draws}
+        contexts = contexts_of(batch, places, partners=self.partners, dominant=self.dominant, **how)
         if not self._announced and contexts[0].n == 1:
             rank_zero_warn("Manifold Mixup: the batch has one sample, so there is no partner to mix it with.")
         device = places.sample_of(batch).device
         if self._plan.layers is None:  # layers="auto": this batch is observed as it is
-            self._fit.arm(None, tuple(context.draw_mix().to(device) for context in contexts), places)
-        else:
+            fit.arm(None, tuple(context.draw_mix().to(device) for context in contexts), places)
+            return
+        if not self._announced:
             self._announce(places)
-            self._draw = draw = self._checked(self.draw(contexts[0]), contexts[0].n)
-            others = [self.draw_group(context, draw) for context in contexts[1:]]
-            self._fit.arm(draw.layer, tuple(mix.to(device) for mix in (draw.mix, *others)), places)
+        self._draw = draw = self.draw(contexts[0])
+        check_draw(draw, self._plan.layers, contexts[0].n)
+        mixes = draw.mix.to(device), *(self.draw_group(context, draw).to(device) for context in contexts[1:])
+        fit.arm(draw.layer, mixes, places)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._check_halves()
+        if self._fit is not None and self._fit.step is not None:
+            self._fit.step.check_halves()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -216,7 +203,8 @@ class ManifoldMixupCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        self._check_halves()
+        if self._fit is not None and self._fit.step is not None:
+            self._fit.step.check_halves()
 
     @override
     def on_train_batch_end(
@@ -226,9 +214,9 @@ class ManifoldMixupCallback(Callback):
             self._announce(self._fit.step.site.places)
         if self.log_mixing:
             forget(trainer)
-            if self.last_draw is not None:
-                values = values_of(self.last_draw, list(self._plan.layers or ()), self._alpha_of(trainer), outputs)
-                n = len(self.last_draw.mix.partners)
+            if (draw := self.last_draw) is not None:
+                values = values_of(draw, list(self._plan.layers or ()), self._alpha_of(trainer), outputs)
+                n = len(draw.mix.partners)
                 self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
         self._disarm()
 
@@ -311,29 +299,15 @@ class ManifoldMixupCallback(Callback):
         elif self._plan.seed is None:
             self._plan.seed = trainer.strategy.broadcast(global_seed())
 
-    def _checked(self, draw: Draw, n: int) -> Draw:
-        if not isinstance(draw, Draw):
-            raise TypeError(f"Expected `draw` to return `Draw(layer, mix)`, got {type(draw).__name__}: {draw!r:.80}.")
-        if draw.layer not in (self._plan.layers or ()) or len(draw.mix.partners) != n:
-            raise ValueError(
-                f"Expected `draw` to give one of S = {list(self._plan.layers or ())} and {n} partners, got layer "
-                f"{draw.layer!r} and {len(draw.mix.partners)} partners."
-            )
-        return draw
-
-    def _check_halves(self) -> None:
-        if self._fit is not None and self._fit.step is not None:
-            self._fit.step.check_halves()
-
-    def _disarm(self) -> None:
+    def _disarm(self) -> Fit | None:
         self._draw = None
         if self._fit is not None and self._fit.step is not None:
             self._fit.disarm()
+        return self._fit
 
     def _restore(self) -> None:
-        self._disarm()
-        if self._fit is not None:
-            self._fit.close()
+        if (fit := self._disarm()) is not None:
+            fit.close()
             self._fit = None
 
     def _alpha_of(self, trainer: pl.Trainer) -> Any:
@@ -368,8 +342,6 @@ class ManifoldMixupCallback(Callback):
         return f"Manifold Mixup: alpha {self.alpha}, S = {chosen}{self._said}"
 
     def _announce(self, places: Any) -> None:
-        if self._announced:
-            return
         self._announced = True
         keys = {"input": places.inputs, "targets": places.targets, "masks": places.masks}
         self._said = "".join(f", {role} {', '.join(map(repr, found))}" for role, found in keys.items() if found)

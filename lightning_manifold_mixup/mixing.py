@@ -31,7 +31,7 @@ from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.dims import sample_dim
 from lightning_manifold_mixup._step.draw_check import check_draw, number_of
 from lightning_manifold_mixup._step.hooks import MixingHook
-from lightning_manifold_mixup._step.interpolation import interpolate_with_gradient
+from lightning_manifold_mixup._step.interpolation import Interpolate, interpolate, is_small
 from lightning_manifold_mixup._step.switches import mixing_opened
 from lightning_manifold_mixup._step.switches import unmixed as unmixed
 from lightning_manifold_mixup._step.targets import MixedTarget, MixingError
@@ -100,20 +100,25 @@ class Mix(_Known):
         Raises:
             MixingError: if a tensor has no batch dimension of size n, or nothing in ``h`` can be mixed.
         """
-        n = len(self.partners)
-        dims = iter(batch_dims(h, n, batch_dim) if batch_dim is None or isinstance(batch_dim, int) else batch_dim)
-
-        def mix(tensor: Tensor) -> Tensor:
-            if not _is_state(tensor):
-                return tensor
-            dim = next(dims)
-            if dim is None:
-                return tensor
-            if tensor.shape[dim] != n:
-                raise MixingError(_wrong_shape(tensor, n, f"in dimension {dim}"))
-            return interpolate_with_gradient(tensor, self.lam, self.partners, dim, self._permutation)
-
-        return mix(h) if isinstance(h, Tensor) else apply_to_collection(h, Tensor, mix)  # type: ignore[return-value]
+        n = self.partners.shape[0]
+        if batch_dim is None and isinstance(h, Tensor) and _is_state(h) and h.shape[0] == n:  # as a rule
+            dims: Sequence[int | None] = (0,)
+        else:
+            dims = batch_dims(h, n, batch_dim) if batch_dim is None or isinstance(batch_dim, int) else batch_dim
+        if not isinstance(h, Tensor):
+            rest = iter(dims)
+            return apply_to_collection(h, Tensor, lambda t: self(t, [next(rest)]) if _is_state(t) else t)  # type: ignore[no-any-return]
+        dim = dims[0] if _is_state(h) else None
+        if dim is None:
+            return h
+        if h.shape[dim] != n:
+            raise MixingError(_wrong_shape(h, n, f"in dimension {dim}"))
+        # A compiler differentiates plain operations itself; torch 2.11 makes the gradient of the Function below zero.
+        if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
+            return interpolate(h, self.lam, self.partners, dim, permutation=self._permutation)  # type: ignore[return-value]
+        if self._number is not None and is_small(h):
+            return torch.lerp(h.index_select(dim, self.partners), h, self._number)  # type: ignore[return-value]
+        return Interpolate.apply(h, (self.lam, self.partners, dim, False, self._permutation))  # type: ignore[no-any-return]
 
     def target(self, y: T) -> T:
         """The labels of the mixed samples (section 2, step 3).
@@ -194,7 +199,7 @@ def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
         >>> batch_dims((torch.zeros(4, 9), torch.zeros(7, 4, 9)), n=4)
         [0, 1]
     """
-    dims = []
+    dims: list[int] = []
 
     def find(tensor: Tensor) -> None:
         if not _is_state(tensor):
@@ -205,7 +210,10 @@ def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
             raise MixingError(_wrong_shape(tensor, n, where))
         dims.append(dim)
 
-    apply_to_collection(h, Tensor, find)
+    if isinstance(h, Tensor):
+        find(h)
+    else:
+        apply_to_collection(h, Tensor, find)
     if not dims:
         what = f"a {h.dtype} tensor of shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
         raise MixingError(f"Expected a hidden state with floating point tensors to mix, got {what}.")
@@ -259,10 +267,11 @@ def draw_mix(
         generator = np.random.default_rng(int(seed))
     a, b = (alpha, alpha) if isinstance(alpha, (int, float)) else alpha
     weight = generator.beta(a, b) if a > 0 else 1.0
-    number = np.float32(max(weight, 1 - weight) if dominant else weight)
-    lam = torch.from_numpy(np.asarray(number))
+    number = float(np.float32(max(weight, 1 - weight) if dominant else weight))
+    lam = torch.scalar_tensor(number, dtype=torch.float32)
     if partners is None:
-        return Mix._checked(lam, torch.from_numpy(generator.permutation(n)), permutation=True, number=float(number))
+        permutation = torch.from_numpy(generator.permutation(n))
+        return Mix._checked(lam, permutation, permutation=True, number=number)
     mix = Mix(lam, partners)
     if len(partners) != n:
         raise ValueError(f"Expected partners of the {n} samples, got {len(partners)}.")

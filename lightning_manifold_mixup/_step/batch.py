@@ -109,6 +109,14 @@ def substituted(batch: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
         batch: The batch.
         values: The new values, by the keys that lead to each (see `resolve`).
     """
+    if type(batch) in (tuple, list):  # as a rule
+        parts = list(batch)
+        for path, value in values.items():
+            if len(path) > 1:
+                break
+            parts[path[0]] = value
+        else:
+            return parts if type(batch) is list else tuple(parts)
     direct: dict[Any, Any] = {}
     nested: dict[Any, dict[tuple[Any, ...], Any]] = {}
     for path, value in values.items():
@@ -198,6 +206,10 @@ def structure(batch: Any, depth: int = _DEPTH) -> Any:
     kind = type(batch)
     if isinstance(batch, Tensor):
         return kind, batch.dtype, batch.ndim
+    if (kind is tuple or kind is list) and depth and 0 < len(batch) <= _LONG:  # as a rule, and asked of each batch
+        return kind, tuple([structure(part, depth - 1) for part in batch])
+    if kind is dict and batch and depth:
+        return kind, tuple(map(str, batch)), tuple([structure(part, depth - 1) for part in batch.values()])
     keys = children(batch) if depth else ()
     if not keys:
         return kind

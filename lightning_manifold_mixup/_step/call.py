@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The arguments that Lightning hands to ``training_step``."""
 
     args: tuple[Any, ...]
@@ -35,7 +33,9 @@ class Call:
 
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss in what a training step returned; None if it skips the batch."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(output, Tensor):
+        return output
+    loss = output.get("loss") if isinstance(output, Mapping) else None
     return loss if isinstance(loss, Tensor) else None
 
 

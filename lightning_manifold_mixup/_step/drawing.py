@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_manifold_mixup._step.places import Places
+from lightning_manifold_mixup._step.randomness import Stream
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha, draw_mix
 from lightning_manifold_mixup.partners import Partners
+
+# How many batches are drawn for at a time, up to how many samples, and how many uniform numbers for each: whether the
+# batch is mixed, and k.
+_AHEAD = 32
+_MANY = 1024
+_UNIFORMS = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,82 @@ class AlphaSchedule:
 Alpha = float | Sequence[float]
 
 
-@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a run, batch by batch: those that all processes share, and those of this one.
+
+    Whatever asks for them, a batch has the same ones. The first of them are drawn for many batches at a time, since a
+    loop takes a fraction of the time that single calls between training steps take.
+
+    Args:
+        seed: of the run.
+        rank: of this process.
+
+    Example:
+        >>> draws, others = Draws(0, rank=0), Draws(0, rank=0)
+        >>> draws.start(7), others.start(7)
+        (None, None)
+        >>> draws.uniform() == others.shared.random(), draws.mix(4, 2.0).lam == draw_mix(4, 2.0, others.own).lam
+        (True, tensor(True))
+    """
+
+    def __init__(self, seed: int | None, rank: int) -> None:
+        self._streams = Stream(seed, 0), Stream(seed, 1 + rank)
+        self._uniforms: dict[int, list[float]] = {}  # by batch
+        self._mixes: dict[int, Mix] = {}
+        self._how: tuple[Any, ...] = ()  # these were drawn
+        self.start(0)
+
+    def start(self, count: int) -> None:
+        """Begins with the numbers of a batch, by its number."""
+        self._count = count
+        self._shared: np.random.Generator | None = None
+        self._own: np.random.Generator | None = None
+        self._taken = 0  # of the uniform numbers
+        self._mixed = False
+
+    @property
+    def shared(self) -> np.random.Generator:
+        """Goes on after what has been taken of the shared numbers of the batch."""
+        if self._shared is None:
+            self._shared = self._streams[0].at(self._count)
+            self._shared.random(self._taken)
+        return self._shared
+
+    @property
+    def own(self) -> np.random.Generator:
+        """Goes on after what has been taken of this process's numbers of the batch."""
+        if self._own is None:
+            self._own = self._streams[1].at(self._count)
+            if self._mixed:
+                n, alpha, dominant = self._how
+                draw_mix(n, alpha, self._own, dominant)
+        return self._own
+
+    def uniform(self) -> float:
+        """A shared number in [0, 1)."""
+        if self._shared is not None or self._taken == _UNIFORMS:
+            return float(self.shared.random())
+        if self._count not in self._uniforms:
+            stream, counts = self._streams[0], range(self._count, self._count + _AHEAD)
+            self._uniforms = {count: stream.at(count).random(_UNIFORMS).tolist() for count in counts}
+        self._taken += 1
+        return self._uniforms[self._count][self._taken - 1]
+
+    def mix(self, n: int, alpha: Alpha, dominant: bool = False) -> Mix:
+        """:func:`draw_mix` of this process's numbers."""
+        if self._own is not None or self._mixed:
+            return draw_mix(n, alpha, self.own, dominant)
+        how = n, alpha, dominant
+        if how != self._how or self._count not in self._mixes:
+            ahead = _AHEAD if how == self._how and n <= _MANY else 1  # batches of one size follow each other
+            stream, counts = self._streams[1], range(self._count, self._count + ahead)
+            self._mixes = {count: draw_mix(n, alpha, stream.at(count), dominant) for count in counts}
+            self._how = how
+        self._mixed = True
+        return self._mixes[self._count]
+
+
+@dataclass
 class DrawContext:
     """All that a draw may depend on; what :meth:`ManifoldMixupCallback.draw` is handed.
 
@@ -60,8 +143,7 @@ class DrawContext:
         layers: S, with the weight of each layer.
         alpha: of this epoch: a number, or a pair (a, b) for Beta(a, b).
         epoch: counted from 0.
-        shared: random numbers that are equal on all ranks; k comes from them.
-        own: random numbers of this rank; lam and the partners come from them.
+        draws: the random numbers of the batch.
         partners: the strategy that chooses partners; None is a uniform permutation.
         dominant: whether lam is folded to at least 1/2.
         rows: which samples are trained on, (n,) bool; None if all are. The others are their own partners.
@@ -73,19 +155,30 @@ class DrawContext:
     layers: Mapping[str, float]
     alpha: Alpha
     epoch: int
-    shared: np.random.Generator
-    own: np.random.Generator
+    draws: Draws
     partners: Partners | None = None
     dominant: bool = False
     rows: Tensor | None = None
 
+    @property
+    def shared(self) -> np.random.Generator:
+        """Random numbers that are equal on all ranks; k comes from them."""
+        return self.draws.shared
+
+    @property
+    def own(self) -> np.random.Generator:
+        """Random numbers of this rank; lam and the partners come from them."""
+        return self.draws.own
+
     def draw_layer(self) -> str:
         """k, drawn from S by the layers' weights; the same on all ranks."""
         names, weights = list(self.layers), list(accumulate(self.layers.values()))
-        return names[bisect_right(weights, self.shared.random() * weights[-1])]
+        return names[bisect_right(weights, self.draws.uniform() * weights[-1])]
 
     def draw_mix(self) -> Mix:
         """Lam ~ Beta(alpha, alpha), and a partner for each sample."""
+        if self.partners is None and self.rows is None:
+            return self.draws.mix(self.n, self.alpha, self.dominant)
         return draw_mix(self.n, self.alpha, self.own, dominant=self.dominant, partners=self.draw_partners())
 
     def draw_partners(self) -> Tensor | None:
@@ -114,3 +207,30 @@ class DrawContext:
     def draw(self) -> Draw:
         """Both, as the paper has it."""
         return Draw(self.draw_layer(), self.draw_mix())
+
+
+def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
+    """A context for each group of samples in a batch; ``how`` are the other fields."""
+    targets, rows = places.targets_of(batch), places.rows_of(batch)
+    shown = targets[0] if len(targets) == 1 else targets
+    groups = range(len(places.groups))
+    return [DrawContext(places.samples(batch, group), shown, batch, rows=rows, **how) for group in groups]
+
+
+def check_draw(draw: Any, layers: Mapping[str, float], n: int) -> None:
+    """Refuses what a user's ``draw`` has returned if it is no draw of a batch of n samples at one of ``layers``."""
+    if not isinstance(draw, Draw):
+        raise TypeError(f"Expected `draw` to return `Draw(layer, mix)`, got {type(draw).__name__}: {draw!r:.80}.")
+    if draw.layer not in layers or draw.mix.partners.shape[0] != n:
+        raise ValueError(
+            f"Expected `draw` to give one of S = {list(layers)} and {n} partners, got layer {draw.layer!r} and "
+            f"{len(draw.mix.partners)} partners."
+        )
+
+
+def cycle(n: int, generator: np.random.Generator, rows: Tensor | None) -> Any:
+    """A random permutation in which every sample has another one for its partner: of those that are trained on."""
+    order = generator.permutation(n if rows is None else rows.nonzero().flatten().cpu().numpy())
+    partners = np.arange(n)
+    partners[order] = np.roll(order, -1)
+    return partners

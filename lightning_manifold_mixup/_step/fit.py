@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.compiled_check import Eager, eager_step
 from lightning_manifold_mixup._step.criteria import CriterionHooks, criterion_candidates, plain_metrics
+from lightning_manifold_mixup._step.drawing import Draws, cycle
 from lightning_manifold_mixup._step.first_batch import watch
 from lightning_manifold_mixup._step.ghost import NoGhostError, batch_of_ghosts, random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
 from lightning_manifold_mixup._step.keys import Keys, Places
+from lightning_manifold_mixup._step.modes import modes_of, nodes_made, reads_mode
 from lightning_manifold_mixup._step.proof import Passes, Proof
-from lightning_manifold_mixup._step.randomness import Stream
 from lightning_manifold_mixup._step.reads import Answers
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Site, Step
@@ -32,10 +31,6 @@ from lightning_manifold_mixup._step.targets import Superposition
 from lightning_manifold_mixup._step.trials import Mixes, Trials
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers
 from lightning_manifold_mixup.mixing import Mix
-
-# Operations of the loss that tell whether it is built as before, from the loss backwards.
-_OPERATIONS = 16
-_is_training = attrgetter("training")
 
 
 @dataclass
@@ -93,8 +88,7 @@ class Fit:
     def __init__(self, trainer: Any, module: Any, options: Options, plan: Plan) -> None:
         self.trainer, self.module, self.options, self.plan = trainer, module, options, plan
         self.proof = Proof(trainer, options.self_check, options.passes, plan.passes)
-        # Numbers that all ranks share, and those of this one.
-        self.streams = tuple(Stream(plan.seed, stream) for stream in (0, 1 + trainer.global_rank))
+        self.draws = Draws(plan.seed, trainer.global_rank)
         self.step: Step | None = None
         self.call_settles = False
         self._settled: _Settled | None = None
@@ -108,7 +102,11 @@ class Fit:
         self._states: Any = None  # of the random generators, before the step
         self._written: set[nn.Parameter] = set()  # by the training step itself
         self._writes_batch = False
-        self._parts = [part for part in module.modules() if _reads_mode(part.__class__)]
+        self._parts = [part for part in module.modules() if reads_mode(part.__class__)]
+        self._compiled = bool(compiled_parts(module))
+        self._places: Places | None = None  # of the sites below, by layer
+        self._sites: dict[str, Site] = {}
+        self._armed: list[MixingHook] = []
         self._stack = ExitStack()
         plain_metrics(module, self._stack)
         self._criteria = ExitStack()
@@ -138,18 +136,13 @@ class Fit:
             self._plain_inputs = True
             hand_plain_inputs(self.module, self._stack)
         self._checked = False
-        device = mixes[0].partners.device
-        self.step = Step(
-            self.module,
-            self._site(layer or "", places),
-            mixes,
-            self._hooks.get(layer) if layer else None,
-            Superposition(mixes[0].lam, mixes[0]._number).to(device),
-            self._written,
-        )
+        hook = self._hooks.get(layer) if layer else None
+        self._armed = [*self._target_hooks] if hook is None else [hook, *self._target_hooks]
+        superposition = Superposition(mixes[0].lam, mixes[0]._number).to(mixes[0].partners.device)
+        self.step = Step(self.module, self._site(layer or "", places), mixes, hook, superposition, self._written)
         self.call_settles = layer is None
-        for hook in self._target_hooks:
-            hook.arm(mixes if layer not in (None, INPUT) else ())
+        for target_hook in self._target_hooks:
+            target_hook.arm(mixes if layer not in (None, INPUT) else ())
 
     def disarm(self) -> None:
         """Nothing is mixed any more, until :meth:`arm`."""
@@ -158,7 +151,7 @@ class Fit:
 
     def disarm_hooks(self) -> None:
         """No forward pass is mixed any more in this batch."""
-        for hook in (*self._hooks.values(), *self._target_hooks):
+        for hook in self._armed:
             hook.disarm()
 
     def leave(self) -> None:
@@ -179,49 +172,54 @@ class Fit:
             self.disarm()  # it ran as it was observed: unmixed
             return settled[0]
         if self.call_settles:
-            self._prove(list(self.plan.layers or ()), step, call)
+            self._prove(self.plan.layers or (), step, call)
             return training_step(*args, **kwargs)
+        proof, layer = self.proof, step.site.layer
         if not self._checked:
-            self._prove(self.proof.due(list(self.plan.layers or ()), step.site.layer, self._mixed), step, call)
+            self._prove(proof.due(self.plan.layers or (), layer, self._mixed), step, call)
             self._mixed += 1
         eager = self._eager(step, call) if self._checked else None
-        output = self._evaluated(training_step, step, call)
-        loss = loss_of(output)
-        if eager is not None and loss is not None:
-            self._stack.callback(eager.compare(loss).remove)
-        calls = step.hook.calls if step.hook is not None else 0
-        signature, reads = self._signature(step, output), bool(self._answers.new)
-        if self.proof.is_new(step.site.layer, signature, calls, reads, self._checked):
-            passes = self.proof.passes
-            self._prove([step.site.layer], step, call, again=True)
-            if self.proof.passes != passes:
-                if self.options.clean_weight:
-                    output = self._evaluated(training_step, step, call)
-                else:
-                    output = step.after_all(output, call, self._states)
-        self._checked = True
-        return output
-
-    def _evaluated(self, training_step: Callable[..., Any], step: Step, call: Call) -> Any:
-        able = self.module.automatic_optimization and not step.superposition.lam.ndim
-        passes = self.proof.passes_at(step.site.layer) if able else self.proof.passes or 1
+        passes, weight = self._prepare(step), self.options.clean_weight
         wanted = call
         if self._writes_batch:  # the batch may be asked for again
             call = call.on(batch_of_ghosts(call.batch))
-        deciding = self.options.passes == 1 and self.proof.enabled
-        step.reader = self._answers = Answers(self.proof.harmless, deciding)
-        step.superposition.forgiving = able and self.options.passes == "auto"
-        # Where the oracles have seen nothing of the kind, PyTorch's alone: the others take longer to note.
-        proven = self.proof.enabled and self.proof.passes == 1 and not self.proof.harmless
-        self._states = torch.get_rng_state() if proven else random_states(())
-        if self.options.clean_weight:
-            output = step.beside_clean(training_step, call, self.options.clean_weight, passes)
+        before = nodes_made()
+        if weight:
+            output = step.beside_clean(training_step, call, weight, passes)
         else:
             output = (step.twice if passes == 2 else step.once)(training_step, call)
+        nodes = nodes_made() - before - step.nodes
         if (failure := step.superposition.failure) is not None:
-            self.proof.run_twice(str(failure).split(". ")[0], again=True)
-            output = output if self.options.clean_weight else step.after_all(output, wanted, self._states)
+            proof.run_twice(str(failure).split(". ")[0], again=True)
+            output = output if weight else step.after_all(output, wanted, self._states)
+        loss = loss_of(output)
+        if eager is not None and loss is not None:
+            self._stack.callback(eager.compare(loss).remove)
+        # What tells that a training step is built as before: its batch, its modes and the size of its graph, to which a
+        # compiler adds nodes of its own while it traces.
+        built = id(step.site.places), modes_of(self._parts), loss is None or self._compiled or nodes
+        calls, checked = step.hook.calls if step.hook else 0, self._checked or failure is not None
+        if proof.is_new(layer, passes, built, calls, bool(self._answers.new), checked):
+            decided = proof.passes
+            self._prove([layer], step, wanted, again=True)
+            if proof.passes != decided:
+                if weight:
+                    output = step.beside_clean(training_step, wanted, weight, self._prepare(step))
+                else:
+                    output = step.after_all(output, wanted, self._states)
+        self._checked = True
         return output
+
+    def _prepare(self, step: Step) -> int:
+        """How often the step is to run; and what it needs, should that turn out to be wrong."""
+        proof, passes = self.proof, self.options.passes
+        able = self.module.automatic_optimization and not step.superposition.lam.ndim
+        step.reader = self._answers = Answers(proof.harmless, passes == 1 and proof.enabled)
+        step.superposition.forgiving = able and passes == "auto"
+        # Where the oracles have seen nothing of the kind, PyTorch's alone: the others take longer to note.
+        proven = proof.enabled and proof.passes == 1 and not proof.harmless
+        self._states = torch.get_rng_state() if proven else random_states(())
+        return proof.passes_at(step.site.layer) if able else proof.passes or 1
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
         """What the compiled step of this batch is to be compared with, in a batch that the oracles were asked about."""
@@ -233,24 +231,9 @@ class Fit:
         self._compared = self._mixed
         return eager_step(Trials(self.module, call), step.site, step.mixes)
 
-    def _signature(self, step: Step, output: Any) -> Any:
-        """What tells that a training step is built as before: its batch, modes and the end of its graph."""
-        loss = loss_of(output)
-        names: list[type] = []
-        queue: list[Any] = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
-        while queue and len(names) < _OPERATIONS:
-            function = queue.pop(0)
-            if function.name() == "InterpolateBackward":  # ours, elsewhere for each layer
-                queue.insert(0, function.next_functions[0][0])
-                continue
-            names.append(type(function))
-            queue += [following for following, _ in function.next_functions if following is not None]
-        modes = tuple(map(_is_training, self._parts))
-        return id(step.site.places), modes, tuple(names)
-
     # ---------------------------------------------------------------------------------------------- the first batch
 
-    def _prove(self, layers: Sequence[str], step: Step, call: Call, again: bool = False) -> None:
+    def _prove(self, layers: Collection[str], step: Step, call: Call, again: bool = False) -> None:
         if not layers or not self.proof.enabled:
             return
         assert self._settled is not None
@@ -260,7 +243,7 @@ class Fit:
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
         rows = places.rows_of(call.batch)
-        partners = [torch.from_numpy(_cycle(n, generator, rows)) for n in sizes]
+        partners = [torch.from_numpy(cycle(n, generator, rows)) for n in sizes]
         draws, permutations = (
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
@@ -300,6 +283,7 @@ class Fit:
         self._settled = _Settled(classes=frozenset(seen.classes))
         self._written |= seen.written
         self._settle_layers(seen.report)
+        self._places = None
         step.site = self._site(step.site.layer, places)
         return real
 
@@ -329,9 +313,14 @@ class Fit:
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _site(self, layer: str, places: Places) -> Site:
-        settled = self._settled or _Settled()
-        options = self.options
-        return Site(layer, places, settled.dims, options.batch_dim, settled.classes, options.target_modules)
+        if places is not self._places:
+            self._places, self._sites = places, {}
+        site = self._sites.get(layer)
+        if site is None:
+            settled, options = self._settled or _Settled(), self.options
+            site = Site(layer, places, settled.dims, options.batch_dim, settled.classes, options.target_modules)
+            self._sites[layer] = site
+        return site
 
     def _hook_layers(self, layers: Mapping[str, float]) -> None:
         named = named_layers(self.module)
@@ -347,26 +336,6 @@ class Fit:
         named = named_layers(self.module)
         for name in names:
             CriterionHooks().register(named[name], self._criteria)
-
-
-def _cycle(n: int, generator: np.random.Generator, rows: Tensor | None) -> Any:
-    """A random permutation in which every sample has another one for its partner: of those that are trained on."""
-    order = generator.permutation(n if rows is None else rows.nonzero().flatten().cpu().numpy())
-    partners = np.arange(n)
-    partners[order] = np.roll(order, -1)
-    return partners
-
-
-@cache
-def _reads_mode(kind: type) -> bool:
-    """Whether modules of a class may run otherwise in eval mode: all but those of PyTorch's that never ask.
-
-    A linear layer does not, and the flags of a large network lie far apart in memory.
-    """
-    if not kind.__module__.startswith("torch.nn."):
-        return True
-    functions = [function for cls in kind.__mro__ if cls is not nn.Module for function in vars(cls).values()]
-    return any("training" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in functions)
 
 
 def _announce_default(layers: Sequence[str]) -> None:

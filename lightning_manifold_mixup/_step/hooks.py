@@ -12,6 +12,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_manifold_mixup._step.interpolation import Interpolate, is_small
+from lightning_manifold_mixup._step.modes import nodes_made
 from lightning_manifold_mixup._step.switches import is_unmixed
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class MixingHook:
     Attributes:
         mixes: the draw to apply, one for each group of samples that passes the layer; empty lets every state through.
         calls: how many states have been mixed since the hook was armed.
+        nodes: how many nodes of the autograd graph that has taken.
         in_eval: whether all forward passes are mixed: also those in eval mode, and clean ones (``with unmixed():``).
     """
 
@@ -36,12 +39,13 @@ class MixingHook:
         self.dims: Sequence[int | None] | None = dims
         self.mixes: tuple[Mix, ...] = ()
         self.calls = 0
+        self.nodes = 0
         self.in_eval = False
 
     def arm(self, mixes: tuple[Mix, ...]) -> None:
         """Mixes by these draws from now on."""
         self.mixes = mixes
-        self.calls = 0
+        self.calls = self.nodes = 0
 
     def disarm(self) -> None:
         """Lets every state through."""
@@ -49,29 +53,39 @@ class MixingHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The mixed output, or None to leave it as it is."""
-        wanted = self.in_eval or (module.training and not is_unmixed())
-        if not self.mixes or not wanted or not is_training_forward():
+        if not self.mixes:
             return None
-        from lightning_manifold_mixup.mixing import batch_dims
-
-        if len(self.mixes) > 1 and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            from lightning_manifold_mixup._step.targets import MixingError
-
-            raise MixingError(
-                "Expected a layer that is called once for each part of the batch, got one that the backward pass calls "
-                f"again ({type(module).__name__}, inside an activation checkpoint): it cannot tell the parts apart. "
-                "Take it out of `layers`; layers around the checkpoint can be mixed. No weight has changed in this "
-                "step."
-            )
+        wanted = self.in_eval or (module.training and not is_unmixed())
+        if not wanted or not (torch.is_grad_enabled() or is_training_forward()):
+            return None
+        if len(self.mixes) > 1:
+            _check_order(module)
         mix = self.mixes[self.calls % len(self.mixes)]
         self.calls += 1
-        n = len(mix.partners)
-        # Below not `mix(output)`: torch.compile of torch 2.6 would make a new graph for each object that is called.
+        if torch.compiler.is_compiling():
+            return self._mixed(module, mix, output)
+        # As a rule: one tensor. Its way is the shortest, since with small states the time goes into Python.
+        dim = self.dims[0] if self.dims and type(output) is Tensor and output.requires_grad else None
+        if dim is not None and output.ndim > dim and output.shape[dim] == mix.partners.shape[0]:
+            if mix._number is not None and is_small(output):
+                self.nodes += 2
+                return torch.lerp(output.index_select(dim, mix.partners), output, mix._number)
+            self.nodes += 1
+            return Interpolate.apply(output, (mix.lam, mix.partners, dim, False, mix._permutation))
+        before = nodes_made()
+        mixed = self._mixed(module, mix, output)
+        self.nodes += nodes_made() - before
+        return mixed
+
+    def _mixed(self, module: nn.Module, mix: Mix, output: Any) -> Any:
+        # Not `mix(output)`: torch.compile of torch 2.6 would make a new graph for each object that is called.
         if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
             sequence, states = output
             return mix.__call__(sequence, 0 if module.batch_first else 1), mix.__call__(states, 1)
-        if self.dims is None and n > 1:
-            self.dims = batch_dims(output, n, self.batch_dim)
+        if self.dims is None and len(mix.partners) > 1:
+            from lightning_manifold_mixup.mixing import batch_dims
+
+            self.dims = batch_dims(output, len(mix.partners), self.batch_dim)
         return mix.__call__(output, self.dims if self.dims is not None else self.batch_dim)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixingHook:
@@ -79,6 +93,18 @@ class MixingHook:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(MixingHook(self.batch_dim, self.dims))
+
+
+def _check_order(module: nn.Module) -> None:
+    """Refuses a layer for several parts of a batch that an activation checkpoint calls again, in backward."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        from lightning_manifold_mixup._step.targets import MixingError
+
+        raise MixingError(
+            "Expected a layer that is called once for each part of the batch, got one that the backward pass calls "
+            f"again ({type(module).__name__}, inside an activation checkpoint): it cannot tell the parts apart. "
+            "Take it out of `layers`; layers around the checkpoint can be mixed. No weight has changed in this step."
+        )
 
 
 def is_training_forward() -> bool:

@@ -12,14 +12,15 @@ from torch import Tensor
 
 # What PyTorch hands to one thread, at least. A row of this many elements for each thread is worth a call of its own.
 _GRAIN = 1 << 15
+# Up to as many elements, the operations of PyTorch with their own gradients take less time than a Function in Python.
+_SMALL = 1 << 14
+# Devices whose numbers the host reads without waiting.
+_HOSTS = {"cpu"}
 
 
-def interpolate_with_gradient(h: Tensor, lam: Tensor, partners: Tensor, dim: int, permutation: bool) -> Tensor:
-    """:func:`interpolate` with gradients with respect to ``h``, of any order."""
-    # A compiler differentiates plain operations itself; handed the Function below, torch 2.11 makes its gradient zero.
-    if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
-        return interpolate(h, lam, partners, dim, permutation=permutation)
-    return Interpolate.apply(h, (lam, partners, dim, False, permutation))  # type: ignore[no-any-return]
+def is_small(h: Tensor) -> bool:
+    """Whether ``torch.lerp(h.index_select(dim, partners), h, lam)`` mixes a state faster, and as exactly."""
+    return h.numel() <= _SMALL and h.dtype.itemsize >= 4 and h.device.type in _HOSTS
 
 
 class Interpolate(torch.autograd.Function):
@@ -72,26 +73,30 @@ def interpolate(
         >>> interpolate(torch.tensor([0.0, 4.0]), torch.tensor(0.75), torch.tensor([0, 0]), transposed=True)
         tensor([1., 3.])
     """
-    partners = partners.to(h.device, non_blocking=h.is_cuda)
+    if partners.device != h.device:
+        partners = partners.to(h.device, non_blocking=h.is_cuda)
     if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
         return _plain(h, lam, partners, dim, transposed, permutation)
-    if h.is_contiguous():
-        return _contiguous(h, lam, partners, dim, transposed, permutation)
-    # With its dimensions in the order in which they lie in memory, any dense state is contiguous.
-    order = sorted(range(h.ndim), key=h.stride, reverse=True)
-    mixed = _contiguous(h.permute(order), lam, partners, order.index(dim % h.ndim), transposed, permutation)
-    return mixed.permute([order.index(d) for d in range(h.ndim)])
-
-
-def _contiguous(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:
-    if permutation or not transposed:  # otherwise a sample is summed into, not written once
-        # With one lam the transpose of a permutation is a torch.lerp like the map itself. In half precision torch.lerp
-        # takes a number in float32, but rounds a tensor of lams.
-        if h.device.type == "cpu" and (lam.ndim == 0 or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
-            return _on_cpu(h, lam, partners, dim, transposed)
-        if h.device.type == "cuda" and (kernel := _kernel(h.device)):
-            return kernel(h, lam, partners, dim, transposed)
-    return _plain(h, lam, partners, dim, transposed, permutation)
+    order = None
+    if not h.is_contiguous():  # with its dimensions in the order in which they lie in memory, any dense state is
+        order = sorted(range(h.ndim), key=h.stride, reverse=True)
+        h, dim = h.permute(order), order.index(dim % h.ndim)
+    # With one lam the transpose of a permutation is a torch.lerp like the map itself. Where samples are left out or
+    # repeated, it sums. In half precision torch.lerp takes a number in float32, but rounds a tensor of lams.
+    lerp = permutation or not transposed
+    if lerp and h.device.type in _HOSTS and (not lam.ndim or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
+        # Row by row there is one pass; but a row must be of one piece, keep all threads busy, and repay the call.
+        if h.stride(dim) >= _GRAIN * torch.get_num_threads():
+            mixed = _row_by_row(h, lam, partners, dim, transposed)
+        else:
+            partner = h.index_select(dim, partners.argsort() if transposed else partners)
+            weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
+            mixed = partner.lerp_(h, _along(dim, weight, h) if lam.ndim else weight)
+    elif lerp and h.device.type == "cuda" and (kernel := _kernel(h.device)):
+        mixed = kernel(h, lam, partners, dim, transposed)
+    else:
+        mixed = _plain(h, lam, partners, dim, transposed, permutation)
+    return mixed if order is None else mixed.permute([order.index(d) for d in range(h.ndim)])
 
 
 def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:
@@ -119,13 +124,9 @@ def _add_rows(sums: Tensor, rows: Tensor, targets: Tensor, dim: int) -> Tensor:
     return sums.index_add_(dim, targets, rows)  # and on CPUs index_put_ is the one that is not
 
 
-def _on_cpu(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
-    # With a number, half precision is mixed in float32. A tensor is handed over faster, which counts, row by row.
+def _row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
+    # With a number, half precision is mixed in float32. A tensor is handed over faster, which counts here.
     weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
-    # Row by row there is one pass; but a row must be of one piece, keep all threads busy, and repay the call.
-    if h.stride(dim) < _GRAIN * torch.get_num_threads():
-        partner = h.index_select(dim, partners.argsort() if transposed else partners)
-        return partner.lerp_(h, _along(dim, weight, h) if lam.ndim else weight)
     mixed = torch.empty_like(h)
     rows, results, partner_of = h.unbind(dim), mixed.unbind(dim), partners.tolist()
     weights = weight.unbind() if lam.ndim else [weight] * len(rows)

@@ -31,8 +31,6 @@ Rule = Callable[[str, Function, Any, Any, Superposition], Any]
 
 def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
-    if func is F.cross_entropy and len(args) == 2 and (losses := _plain_cross_entropy(args, kwargs)) is not None:
-        return losses
     name = _name(func)
     sources = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
     if not sources:  # the training step is over
@@ -151,7 +149,7 @@ def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Sup
     if not inside:
         first, second = target.clone(), target.clone()
         func(target, *_under(others, _first), **_under(kwargs, _first))
-        superposition.adopt(target, first, second)
+        superposition.hold(first, second, steady=False, averaged=False, tensor=target)
     elif target._apart:
         func(target, *_under(others, _first), **_under(kwargs, _first))
     func(target._first, *_under(others, _first), **_under(kwargs, _first))
@@ -200,27 +198,37 @@ def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposit
     return _on_both(name, F.nll_loss, (log_probabilities, target), kwargs, superposition)
 
 
-def _plain_cross_entropy(args: Any, kwargs: Any) -> Any:
+def plain_cross_entropy(
+    logits: Tensor,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
     """What :func:`_cross_entropy` comes to in the usual case, where a step has little to do but Python; else None."""
-    logits, target = args
     if (
-        isinstance(logits, _Superposed)
-        or not isinstance(target, MixedTarget)
+        type(target) is not MixedTarget
         or not (superposition := target._superposition).open
         or superposition.lam.ndim
-        or kwargs.get("label_smoothing")
-        or isinstance(kwargs.get("weight"), _Superposed)
-        or not (kwargs.get("size_average") is kwargs.get("reduce") is None)
+        or label_smoothing
+        or isinstance(logits, _Superposed)
+        or isinstance(weight, _Superposed)
+        or size_average is not None
+        or reduce is not None
         or torch.is_autocast_enabled(logits.device.type)
     ):
         return None
-    log_probabilities = F.log_softmax(logits, dim=min(logits.ndim - 1, 1))
-    weight, reduction = kwargs.get("weight"), kwargs.get("reduction", "mean")
-    ignore = kwargs.get("ignore_index", -100)
-    first = F.nll_loss(log_probabilities, target._first, weight, ignore_index=ignore, reduction=reduction)
-    second = F.nll_loss(log_probabilities, target._second, weight, ignore_index=ignore, reduction=reduction)
-    superposition.used |= first.requires_grad
-    return paired(first, second, superposition, averaged=first.requires_grad)
+    log_probabilities = torch.log_softmax(logits, min(logits.ndim - 1, 1))
+    first, second = (
+        F.nll_loss(log_probabilities, labels, weight, ignore_index=ignore_index, reduction=reduction)
+        for labels in (target._first, target._second)
+    )
+    recorded = first.requires_grad
+    superposition.used |= recorded
+    return superposition.hold(first, second, steady=False, averaged=recorded)
 
 
 def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError, _Superposed
+from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
 
 REMEDY = (
     "Put the computation into a function and call `mixed_loss(function, logits, y)`, or into a criterion module "
@@ -20,7 +20,7 @@ def paired(first: Any, second: Any, superposition: Superposition, steady: bool =
     """Make one result of those for the two labellings, in their structure."""
     if isinstance(first, Tensor):
         averaged = averaged and first.is_floating_point()
-        return _Superposed._of(first, second, superposition, steady, averaged)
+        return superposition.hold(first, second, steady, averaged)
     if isinstance(first, (tuple, list)) and not isinstance(first, torch.Size):
         if len(first) == len(second):
             pairs = [paired(a, b, superposition, steady, averaged) for a, b in zip(first, second, strict=True)]

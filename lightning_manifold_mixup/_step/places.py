@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Places:
             raise ValueError(self.input_problem)
         return list(self.inputs)
 
-    @property
+    @cached_property
     def shared(self) -> list[Key]:
         """Keys that are input and target at once: right at the input, impossible at hidden layers."""
         paths = {self._paths[key] for key in self.inputs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,9 @@ from lightning_manifold_mixup._step.targets import MixingError
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 Passes = Literal["auto", 1, 2]
-# New structures after which a layer is checked again, in one fit: a step that is built anew each time costs no more.
-_RECHECKS = 8
+# How many more batches pass each time before a step that is built otherwise again is checked again: one that is built
+# anew for each batch (a loop over time steps, layers that are dropped at random) is checked a few times in a fit.
+_PATIENCE = 4
 
 
 class Proof:
@@ -46,12 +47,14 @@ class Proof:
         self._asked = False  # in this fit, about all layers
         self._next = 10
         self._retry_at = 0
-        self._seen: set[Any] = set()
-        self._calls: dict[str, set[int]] = {}
-        self._rechecks = 0
+        self._seen: dict[Any, set[Any]] = {}
+        self._steps = 0
+        self._last: Any = None
+        self._wait_until = 0
+        self._wait = 1
         self._said: set[str] = set()
 
-    def due(self, layers: Sequence[str], layer: str, mixed: int) -> list[str]:
+    def due(self, layers: Collection[str], layer: str, mixed: int) -> list[str]:
         """Which layers to check before a batch is trained on.
 
         Args:
@@ -66,7 +69,7 @@ class Proof:
         if mixed >= self._next:
             self._next *= 10
             return [layer]
-        if self._is_open(layer) and mixed >= self._retry_at:
+        if self._open and self._is_open(layer) and mixed >= self._retry_at:
             return [layer]
         return []
 
@@ -81,24 +84,32 @@ class Proof:
     def _is_open(self, layer: str) -> bool:
         return any(where == layer for _, where in self._open)
 
-    def is_new(self, layer: str, signature: Any, calls: int, reads: bool, checked: bool) -> bool:
-        """Whether a training step was built otherwise than all before it.
+    def is_new(self, layer: str, passes: int, built: Any, calls: int, reads: bool, checked: bool) -> bool:
+        """Whether a training step was built otherwise than all before it, and is to be checked again.
 
         Args:
             layer: where it was mixed.
-            signature: of the step, whatever the layer.
+            passes: how often it ran.
+            built: what tells how it was built, whatever the layer.
             calls: how often the layer was called.
             reads: whether lines of code have read labels that the oracles know nothing of.
             checked: whether the oracles have been asked about this batch.
         """
-        known = not self._seen or signature in self._seen
-        known &= calls in self._calls.setdefault(layer, {calls})
-        self._seen.add(signature)
-        self._calls[layer].add(calls)
-        if checked or not self.enabled or not (reads or (not known and self._rechecks < _RECHECKS)):
+        self._steps += 1
+        how = passes, built, layer, calls
+        if how == self._last and not reads:
             return False
-        self._rechecks += not known
-        return True
+        seen, seen_calls = self._seen.setdefault(passes, set()), self._seen.setdefault(layer, set())
+        new = (built not in seen and bool(seen)) or (calls not in seen_calls and bool(seen_calls))
+        wanted = (new or reads) and self.enabled and not checked
+        if wanted and not reads:
+            if self._steps < self._wait_until:
+                return False
+            self._wait_until, self._wait = self._steps + self._wait, self._wait * _PATIENCE
+        seen.add(built)
+        seen_calls.add(calls)
+        self._last = how
+        return wanted
 
     def check(
         self,

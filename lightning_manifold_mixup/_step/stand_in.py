@@ -43,14 +43,11 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._running:  # somebody's wrapper around this one, or a step that calls itself: mixed already
             return self._original(*args, **kwargs)
-        if self._fit.step is None:
-            return self._guarded(self._inner, *args, **kwargs)
-        return self._guarded(self._fit.run, self._inner, args, kwargs)
-
-    def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._running = True
         try:
-            return function(*args, **kwargs)
+            if self._fit.step is None:
+                return self._inner(*args, **kwargs)
+            return self._fit.run(self._inner, args, kwargs)
         finally:
             self._running = False
 

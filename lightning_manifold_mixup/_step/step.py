@@ -24,7 +24,7 @@ from lightning_manifold_mixup._step.criteria import plain_metrics
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
 from lightning_manifold_mixup._step.names import marks_padding
-from lightning_manifold_mixup._step.switches import input_mixed
+from lightning_manifold_mixup._step.switches import input_mixed, nothing
 from lightning_manifold_mixup._step.targets import SAMPLES, MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
@@ -109,12 +109,16 @@ class Site:
                     values[key] = union(mask, of_partners, marks_padding(key))
             if self.layer == INPUT and inputs:
                 for key in group.inputs:
-                    values[key] = self._input(self.places.of(batch, key), key, inputs[number])
+                    value = self.places.of(batch, key)
+                    try:
+                        values[key] = inputs[number](value, self.batch_dim)
+                    except MixingError as error:
+                        raise _unmixable(value, key, error) from None
         return self.places.replace(batch, values)
 
     def _label(self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, classes: bool) -> Tensor:
         dim = self.places.target_dim if target.ndim > self.places.target_dim else 0
-        n = len(mix.partners)
+        n = mix.partners.shape[0]
         if target.ndim == 0 or target.shape[dim] != n:
             raise ValueError(
                 f"Expected a target of {n} samples in dimension {dim}, as the batch has, got shape "
@@ -122,14 +126,16 @@ class Site:
             )
         if target.layout != torch.strided:
             raise TypeError(f"A sparse target ({target.layout}) cannot be mixed: hand it on as `y.to_dense()`.")
-        if target.dtype == torch.float16 or target.is_complex():
-            raise TypeError(
-                f"A target of dtype {target.dtype} cannot be mixed: class indices are integer (`y.long()`), and soft "
-                "or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
-            )
-        if target.is_floating_point() and not classes:
-            mixed = mix(target, dim)
-            return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
+        dtype = target.dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            if dtype == torch.float16 or dtype.is_complex:
+                raise TypeError(
+                    f"A target of dtype {dtype} cannot be mixed: class indices are integer (`y.long()`), and soft or "
+                    "continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
+                )
+            if not classes:
+                mixed = mix(target, dim)
+                return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
         if how == "labels":
             return target
         indices = mix.partners
@@ -140,19 +146,20 @@ class Site:
             return partners
         assert superposition is not None
         if how == "superposed":  # a copy: what the step writes into its labels must not reach the batch
-            return superposition.superpose(target.detach().clone(), partners)
+            own = (target.detach() if target.requires_grad else target).clone()
+            superposition.holds_labels = True
+            superposed: Tensor = superposition.hold(*superposition.ordered(own, partners), steady=True, averaged=False)
+            return superposed
         return superposition.ordered(target, partners)[0 if how == "dominant" else 1]
 
-    def _input(self, value: Any, key: Any, mix: Mix) -> Any:
-        if not any(tensor.is_floating_point() for tensor in batches.tensors(value)):
-            raise ValueError(
-                f"'input' is in S, but the input at {key!r} is {batches.describe(value, '')}: integers, such as token "
-                "ids, have no mixture. Take 'input' out of `layers` and mix after the embedding instead."
-            )
-        try:
-            return mix(value, self.batch_dim)
-        except MixingError as error:
-            raise MixingError(f"The input at {key!r} and the target do not hold the same samples. {error}") from None
+
+def _unmixable(value: Any, key: Any, error: MixingError) -> Exception:
+    if not any(tensor.is_floating_point() for tensor in batches.tensors(value)):
+        return ValueError(
+            f"'input' is in S, but the input at {key!r} is {batches.describe(value, '')}: integers, such as token "
+            "ids, have no mixture. Take 'input' out of `layers` and mix after the embedding instead."
+        )
+    return MixingError(f"The input at {key!r} and the target do not hold the same samples. {error}")
 
 
 def union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
@@ -186,23 +193,26 @@ class Step:
         self.module, self.site, self.mixes, self.hook = module, site, mixes, hook
         self.superposition, self.written = superposition, written
         self.reader: Reader | None = None
-        self._mixing = hook  # or the hook of the ghost that is mixed in the module's place
+        self.hooks: list[MixingHook] = []  # of the module, or of the ghosts that are mixed in its place or beside it
 
     def once(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
         """One pass, with the labels in superposition. An LBFGS closure comes here several times, mixed the same."""
         hook = hook or self.hook
         if hook is not None:
             hook.arm(self.mixes)
+            self.hooks = [hook]
         superposition = self.superposition
         superposition.open, superposition.used, superposition.reader = True, False, self.reader
         superposition.failure = None
         try:
             batch = self.site.mixed(call.batch, self.mixes, self.mixes, "superposed", superposition)
-            with input_mixed(self.site.layer == INPUT):
-                output = call.of(training_step, batch)
+            args, kwargs = call.on(batch)
+            with input_mixed if self.site.layer == INPUT else nothing:
+                output = training_step(*args, **kwargs)
             self._check(output, hook, None if superposition.failure else superposition, batch)
-            output = plain(output)  # nobody holds the superposed one from here on, unless the step has kept it
-            return output
+            result = plain(output)
+            del batch, args, output  # what nobody holds from here on needs not be made plain
+            return result
         finally:
             superposition.close()
 
@@ -225,8 +235,9 @@ class Step:
         after = random_states(self.module.parameters())
         set_random_states(states)  # the same dropout in both passes: one state, two labellings
         # Hooked for good: activation checkpoints run it again in backward.
-        hook = self.site.hook(ghost, self.mixes, ExitStack())
-        second = self._pass(ghost.training_step, second_call, "other", hook)
+        beside = self.site.hook(ghost, self.mixes, ExitStack())
+        second = self._pass(ghost.training_step, second_call, "other", beside)
+        self.hooks = [beside] if hook is None else [hook, beside]
         set_random_states(after)
         loss, other = loss_of(first), loss_of(second)
         if loss is None or other is None:
@@ -260,7 +271,7 @@ class Step:
         if hook is not None:
             hook.arm(self.mixes)
         batch = self.site.mixed(call.batch, self.mixes, self.mixes, how, self.superposition)
-        with input_mixed(self.site.layer == INPUT):
+        with input_mixed if self.site.layer == INPUT else nothing:
             output = call.of(training_step, batch)
         self._check(output, hook, None, batch)
         return output
@@ -273,7 +284,7 @@ class Step:
         after = random_states(self.module.parameters())
         set_random_states(states)
         plain_metrics(ghost, ExitStack())
-        self._mixing = hook = self.site.hook(ghost, self.mixes, ExitStack())
+        hook = self.site.hook(ghost, self.mixes, ExitStack())
         mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, mixed_call, hook)
         if passes == 1 and self.superposition.failure is not None:
             mixed = self.after_all(mixed, mixed_call, states)
@@ -287,7 +298,7 @@ class Step:
 
     def _check(self, output: Any, hook: MixingHook | None, superposition: Superposition | None, batch: Any) -> None:
         """Whether the promise was kept: the state mixed at layer k, and a loss that used the mixed target."""
-        if self.module.automatic_optimization and loss_of(output) is None:  # the user skips this batch
+        if loss_of(output) is None and self.module.automatic_optimization:  # the user skips this batch
             return
         if self.site.layer != INPUT and hook is not None and not hook.calls:
             raise self.unmixed()
@@ -302,9 +313,13 @@ class Step:
         Raises:
             MixingError: if only one half of the promise was kept so far.
         """
-        hook = self._mixing if self.site.layer != INPUT else None
-        if hook is not None and self.superposition.used and not hook.calls:
+        if self.superposition.used and self.site.layer != INPUT and self.hooks and not self.hooks[0].calls:
             raise self.unmixed()
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes of the autograd graph the mixing of states has taken."""
+        return sum(hook.nodes for hook in self.hooks)
 
     @property
     def where(self) -> str:

@@ -7,7 +7,8 @@ of its own, and ``nn.DataParallel`` runs its replicas in threads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 _mixing = 0
 _unmixed = 0
@@ -68,15 +69,20 @@ def unmixed() -> Iterator[None]:
         _unmixed -= 1
 
 
-@contextmanager
-def input_mixed(really: bool) -> Iterator[None]:
-    """A training step runs, and its input is mixed."""
-    global _input_mixed
-    _input_mixed += really
-    try:
-        yield
-    finally:
-        _input_mixed -= really
+class _InputMixed:
+    def __enter__(self) -> None:
+        global _input_mixed
+        _input_mixed += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        global _input_mixed
+        _input_mixed -= 1
+
+
+input_mixed: AbstractContextManager[None] = _InputMixed()
+"""A training step runs, and its input is mixed."""
+nothing: AbstractContextManager[None] = nullcontext()
+"""It runs, and its input is not."""
 
 
 def raise_input_is_mixed() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import Self, override
@@ -26,6 +27,7 @@ from typing_extensions import Self, override
 from lightning_manifold_mixup._step.devices import float64, sent
 
 Reader = Callable[[str, Any, Any, Any], Any]
+_WIDE = (torch.float32, torch.float64)
 
 
 class MixingError(RuntimeError):
@@ -60,22 +62,20 @@ class Superposition:
         summed: whether it is of losses whose samples have a lam each, and were summed up by it.
     """
 
+    used = holds_labels = inspected = forgiving = summed = False
+    open = True
+    reader: Reader | None = None
+    failure: SuperpositionError | None = None
+    _reduced: Superposition | None = None
+
     def __init__(self, lam: Tensor, number: float | None = None) -> None:
         self.lam = lam
         self.number = number
         # The host knows lam without asking a device wherever it was drawn.
-        on_host = lam.device.type == "cpu" and lam.ndim == 0
-        self.swapped: bool | Tensor = number < 0.5 if number is not None else bool(lam < 0.5) if on_host else lam < 0.5
-        self.used = False
-        self.holds_labels = False
-        self.inspected = False
-        self.open = True
-        self.reader: Reader | None = None
-        self.forgiving = False
-        self.failure: SuperpositionError | None = None
+        if number is None and lam.device.type == "cpu" and lam.ndim == 0:
+            number = float(lam)
+        self.swapped: bool | Tensor = lam < 0.5 if number is None else number < 0.5
         self._alive: list[weakref.ref[Tensor]] = []
-        self.summed = False
-        self._reduced: Superposition | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same, with lam on the device; the copy does not wait for the device."""
@@ -110,19 +110,29 @@ class Superposition:
     def superpose(self, labels: Tensor, partners: Tensor) -> MixedTarget | MixedValue:
         """Two labellings as one tensor, of the same dtype."""
         self.holds_labels = True
-        superposed: MixedTarget | MixedValue = _Superposed._of(
-            *self.ordered(labels, partners), self, steady=True, averaged=False
-        )
-        return superposed
+        return self.hold(*self.ordered(labels, partners), steady=True, averaged=False)  # type: ignore[no-any-return]
 
-    def adopt(self, tensor: Tensor, first: Tensor, second: Tensor) -> None:
-        """Puts a plain tensor into superposition, because labels are written into it."""
-        tensor.__class__ = MixedValue if tensor.is_floating_point() or tensor.is_complex() else MixedTarget
-        _Superposed._fill(tensor, first, second, self, steady=False, averaged=False)
-        tensor._apart = True  # type: ignore[attr-defined]
+    def hold(self, first: Tensor, second: Tensor, steady: bool, averaged: bool, tensor: Any = None) -> Any:
+        """A value under both labellings; in a plain ``tensor``, because labels are written into it, or a new one."""
+        dtype, apart = first.dtype, tensor is not None
+        kind = MixedValue if dtype.is_floating_point or dtype.is_complex else MixedTarget
+        if apart:
+            tensor.__class__ = kind
+        else:
+            tensor = first.as_subclass(kind)
+        tensor._first, tensor._second, tensor._superposition = first, second, self
+        tensor._steady, tensor._averaged, tensor._apart = steady, averaged, apart
+        if not torch.compiler.is_compiling():
+            self._alive.append(weakref.ref(tensor))
+        return tensor
 
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
         """The mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
+        number = self.number
+        wide = first.dtype == second.dtype and first.dtype in _WIDE
+        if number is not None and wide and not torch.compiler.is_compiling():
+            # One operation in place of three, forward and backward.
+            return torch.lerp(second, first, 1 - number if self.swapped else number)
         lam = self.lam
         if lam.ndim and first.shape[:1] != lam.shape:
             raise MixingError(
@@ -186,30 +196,19 @@ class _Superposed(Tensor):
     _averaged: bool  # code that does not know the superposition is shown the mixed value, not the dominant one
     _apart: bool  # its memory is not that of its first part: it is written into as well
 
-    @staticmethod
-    def _of(first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool) -> Any:
-        new = first.as_subclass(MixedValue if first.is_floating_point() or first.is_complex() else MixedTarget)
-        return _Superposed._fill(new, first, second, superposition, steady, averaged)
-
-    @staticmethod
-    def _fill(
-        new: Any, first: Tensor, second: Tensor, superposition: Superposition, steady: bool, averaged: bool
-    ) -> Any:
-        new._first, new._second, new._superposition = first, second, superposition
-        new._steady, new._averaged, new._apart = steady, averaged, False
-        if not torch.compiler.is_compiling():
-            superposition._alive.append(weakref.ref(new))
-        return new
-
     @classmethod
     @override
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        from lightning_manifold_mixup._step.operations import evaluate
+        from lightning_manifold_mixup._step import operations
 
         with torch._C.DisableTorchFunctionSubclass():
-            return evaluate(func, args, kwargs or {})
+            kwargs = kwargs or {}
+            plain_way = func is F.cross_entropy and len(args) == 2
+            if plain_way and (losses := operations.plain_cross_entropy(*args, **kwargs)) is not None:
+                return losses
+            return operations.evaluate(func, args, kwargs)
 
     @property
     def labels(self) -> Tensor:
@@ -273,8 +272,7 @@ class MixedTarget(_Superposed):
         >>> y = MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor(0.75))
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
         >>> expected = 0.75 * F.cross_entropy(logits, y.labels) + 0.25 * F.cross_entropy(logits, y.partners)
-        >>> torch.equal(plain(F.cross_entropy(logits, y)), expected)
-        True
+        >>> torch.testing.assert_close(plain(F.cross_entropy(logits, y)), expected)
         >>> y.shown
         tensor([0, 1])
     """

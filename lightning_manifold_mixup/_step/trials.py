@@ -24,6 +24,8 @@ from lightning_manifold_mixup.mixing import Mix
 
 # How many modules before the loss have their gradients compared.
 _HEADS = 3
+# Elements of a parameter's gradient that are compared, about: an odd number apart, so spread over rows and columns.
+_ELEMENTS = 1 << 16
 Mixes = tuple[Mix, ...]
 
 
@@ -185,7 +187,10 @@ class _Heads:
             wanted = [*parameters, *([] if beside is None else [beside])]
             found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True, retain_graph=True) if wanted else ()
             self._beside = found[-1] if beside is not None else None
-            self._gradients += [float64(g.detach()).flatten() for g in found[: len(parameters)] if g is not None]
+            some = [
+                g.detach().flatten()[:: g.numel() // _ELEMENTS | 1] for g in found[: len(parameters)] if g is not None
+            ]
+            self._gradients += [float64(g) for g in some]
         self._dtypes |= {loss.dtype, *(parameter.dtype for parameter in parameters)}
         if torch.is_autocast_enabled(loss.device.type):
             self._dtypes.add(torch.get_autocast_dtype(loss.device.type))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -16,8 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
-from lightning_manifold_mixup import ManifoldMixupCallback, Mix
-from lightning_manifold_mixup._step.fit import _reads_mode
+import lightning_manifold_mixup
+from lightning_manifold_mixup import ManifoldMixupCallback, Mix, draw_mix
+from lightning_manifold_mixup._step.drawing import Draws
+from lightning_manifold_mixup._step.modes import reads_mode
+from lightning_manifold_mixup._step.proof import Proof
 from lightning_manifold_mixup._step.randomness import Stream, generator
 from lightning_manifold_mixup._step.targets import plain
 
@@ -53,7 +58,7 @@ def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of all devices but the CPU, where reading lam on the host is no wait."""
     from lightning_manifold_mixup._step import interpolation
 
-    monkeypatch.setattr(interpolation, "_contiguous", interpolation._plain)
+    monkeypatch.setattr(interpolation, "_HOSTS", set())
 
 
 class Classifier(L.LightningModule):
@@ -109,10 +114,12 @@ class CountingSteps(L.Callback):
             self.mode = None
 
 
-def fit(*callbacks: L.Callback, accelerator: str = "cpu", module: type[Classifier] = Classifier) -> None:
+def fit(
+    *callbacks: L.Callback, accelerator: str = "cpu", module: type[Classifier] = Classifier, epochs: int = 1
+) -> None:
     data = TensorDataset(torch.randn(20, 6), torch.randint(3, (20,)))
     trainer = L.Trainer(
-        max_epochs=1,
+        max_epochs=epochs,
         callbacks=list(callbacks),
         accelerator=accelerator,
         devices=1,
@@ -215,6 +222,96 @@ def test_one_generator_for_all_batches_draws_what_a_new_one_for_each_would(
         ours.integers(5, dtype=np.uint32)
 
 
+@pytest.mark.parametrize("n", [(8, 8, 8, 8, 8), (8, 8, 5, 8, 8), (2000, 2000, 2000, 2000, 2000)])
+def test_draws_made_ahead_are_those_of_each_batch_alone(n: tuple[int, ...]) -> None:
+    """Whatever is asked for first, and whatever the batches before have asked for; after a resume, too."""
+    draws = Draws(5, rank=2)
+    for count, samples in zip((3, 4, 5, 6, 40), n, strict=True):
+        shared, own = generator(5, count, 0), generator(5, count, 3)
+        draws.start(count)
+        if count == 4:
+            assert draws.own.random() == own.random()
+        if count == 5:
+            assert draws.shared.random() == shared.random()
+        assert [draws.uniform() for _ in range(3)] == [shared.random() for _ in range(3)]
+        for _ in range(2):
+            ours, theirs = draws.mix(samples, 2.0), draw_mix(samples, 2.0, own)
+            assert (ours.lam, ours.partners.tolist()) == (theirs.lam, theirs.partners.tolist())
+        assert (draws.own.random(), draws.shared.random()) == (own.random(), shared.random())
+
+
+class Deepest(L.Callback):
+    """How many of our functions stand above each other at most, within a step."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.root = str(Path(lightning_manifold_mixup.__file__).parent)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            sys.setprofile(self.profile)
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        sys.setprofile(None)
+
+    def profile(self, frame: FrameType | None, event: str, argument: Any) -> None:
+        depth = 0
+        while frame is not None:
+            depth += frame.f_code.co_filename.startswith(self.root)
+            frame = frame.f_back
+        self.depth = max(self.depth, depth)
+
+
+@pytest.mark.parametrize("layer", ["input", "net.1"])
+def test_a_step_is_at_most_six_functions_deep(layer: str) -> None:
+    deepest = Deepest()
+    fit(deepest, ManifoldMixupCallback(layers=[layer], seed=0))
+    assert 3 <= deepest.depth <= 6
+
+
+@pytest.mark.parametrize("layer", ["input", "net.1"])
+def test_small_and_large_states_are_mixed_alike(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's operations with their own gradients, and by ours."""
+    weights = []
+    for small in (0, 1 << 14):
+        monkeypatch.setattr("lightning_manifold_mixup._step.interpolation._SMALL", small)
+        torch.manual_seed(1)
+        after = Weights()
+        fit(ManifoldMixupCallback(layers=[layer], seed=0), after)
+        weights.append(after.weights)
+    torch.testing.assert_close(*weights)
+
+
+class Weights(L.Callback):
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
+
+
+class Varying(Classifier):
+    """A loop of another length in each batch, as over time steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        for _ in range(batch_idx % 7):
+            loss = loss * 1.0
+        return loss
+
+
+def test_a_step_that_is_built_anew_each_time_is_checked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    check = Proof.check
+
+    def noted(self: Proof, *args: Any, **kwargs: Any) -> None:
+        asked.append(args[4])
+        check(self, *args, **kwargs)
+
+    monkeypatch.setattr(Proof, "check", noted)
+    fit(ManifoldMixupCallback(layers=["net.1"], seed=0), module=Varying, epochs=6)
+    # The first batch; the second and third as they come; the fourth kind, met again in the 8th batch, after 4 more; and
+    # the batch of number 10. Nothing is new after that.
+    assert asked == [0, 2, 3, 8, 10]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -275,8 +372,8 @@ def test_no_module_that_asks_for_its_mode_is_left_out_of_what_is_watched(layer: 
         output = layer.train(training)(*[x] * (3 if isinstance(layer, nn.MultiheadAttention) else 1))
         outputs.append(output if isinstance(output, Tensor) else output[0])
     depends = not torch.equal(*outputs)
-    assert depends <= any(_reads_mode(type(part)) for part in layer.modules())
-    assert depends or not _reads_mode(type(layer))
+    assert depends <= any(reads_mode(type(part)) for part in layer.modules())
+    assert depends or not reads_mode(type(layer))
 
 
 def large(counting: Counting, logits: Tensor) -> int:
