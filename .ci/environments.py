@@ -18,14 +18,14 @@ COLUMNS = ("python", "torch", "torchvision", "lightning", "torchmetrics")
 
 
 def floors():
-    """The oldest releases that pyproject.toml admits, for what the package itself needs."""
+    """Return the oldest releases that pyproject.toml admits, for what the package itself needs."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
     return dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups() for requirement in requirements)
 
 
 def constraints(name):
-    """The oldest of everything, or the versions that the file names."""
+    """Return the oldest of everything, or the versions that the file names."""
     if name == "oldest":
         oldest = floors()
         oldest["pytorch-lightning"] = oldest["lightning"]  # it comes along, and unpinned
@@ -35,7 +35,7 @@ def constraints(name):
 
 
 def table():
-    """The table of README, in Markdown."""
+    """Return the table of README, in Markdown."""
     rows = [["", *COLUMNS, "tests"], ["---"] * (len(COLUMNS) + 2)]
     rows += [[name, *(row[column] for column in COLUMNS), row["tests"]] for name, row in ENVIRONMENTS.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -140,11 +140,11 @@ class ManifoldMixupCallback(Callback):
     # --------------------------------------------------------------------------------------------- to be overridden
 
     def should_mix(self, trainer: pl.Trainer, batch_idx: int) -> bool:
-        """When to mix. Override it, for instance to leave the last epochs unmixed; the same on all ranks."""
+        """Decide whether to mix a batch. Override it, for instance for unmixed last epochs; the same on all ranks."""
         return True
 
     def draw(self, context: DrawContext) -> Draw:
-        """Draws k, lam and the partners of one batch. Override it to choose them; k must be the same on all ranks.
+        """Draw k, lam and the partners of one batch. Override it to choose them; k must be the same on all ranks.
 
         Example:
             >>> class Nearest(ManifoldMixupCallback):
@@ -155,7 +155,7 @@ class ManifoldMixupCallback(Callback):
         return context.draw()
 
     def draw_group(self, context: DrawContext, first: Draw) -> Mix:
-        """Draws for a further group of samples: those of another data loader in the same batch.
+        """Draw for a further group of samples: those of another data loader in the same batch.
 
         The layer k is that of ``first``, the draw for the first group. By default so is lam: labels of all groups are
         in one superposition. A group whose targets are mixed as values may have a lam of its own.
@@ -283,7 +283,7 @@ class ManifoldMixupCallback(Callback):
         self._restore()
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What the arguments say goes before what a checkpoint says."""
+        """Complete the plan: what the arguments say goes before what a checkpoint says."""
         named = named_layers(pl_module)
         for name in self.target_modules:
             if name not in named:

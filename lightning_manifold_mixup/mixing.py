@@ -3,13 +3,13 @@
 1. Draw a layer k from the eligible set S.                                     (the caller; see ``callback.py``)
 2. Run a minibatch up to layer k: ``h = g_k(x)``.                               (the network)
 3. Mix: ``h <- lam * h + (1 - lam) * h[partners]``, likewise the labels,
-   with ``lam ~ Beta(alpha, alpha)``.                                          (:class:`Mix`, :func:`draw_mix`)
-4. Go on from layer k to the output.                                           (:func:`mixing`)
-5. Take the loss against the mixed labels, and back-propagate.                 (:meth:`Mix.target`, ``targets.py``)
+   with ``lam ~ Beta(alpha, alpha)``.                                          (``Mix``, ``draw_mix``)
+4. Go on from layer k to the output.                                           (``mixing``)
+5. Take the loss against the mixed labels, and back-propagate.                 (``Mix.target``, ``targets.py``)
 
 Throughout this package **lam is the weight of the original sample**, and ``partners[i]`` is the partner of sample i.
 The paper draws one lam for a minibatch, and a permutation of it. One lam for each sample, and partners that repeat or
-are left out (``partners.py``), are mixed as rightly.
+are left out (``partners.py``), are mixed just as exactly.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class _Known:
     """What is no field of a draw: the compiler of torch 2.6 makes a new graph for another value of any field."""
 
-    _permutation: bool  # known not to repeat: has the faster gradient
-    _number: float | None  # lam, where the host knows it: nobody has to ask a device
+    _permutation: bool  # partners are known not to repeat: a faster gradient
+    _number: float | None  # lam, if the host knows it without asking a device
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,8 @@ class Mix(_Known):
 
     Raises:
         TypeError: if ``lam`` or ``partners`` is no tensor, or one of another dtype.
-        ValueError: for shapes that do not fit, and for values out of range. Values are looked at where that needs not
-            wait for a device: in tensors on the host.
+        ValueError: for shapes that do not fit, and for values out of range. Values are checked in tensors on the host
+            only, where that does not wait for a device.
 
     Example:
         >>> mix = Mix(lam=torch.tensor(0.75), partners=torch.tensor([1, 0]))
@@ -77,13 +77,13 @@ class Mix(_Known):
 
     @classmethod
     def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool, number: float | None) -> Mix:
-        """A mix of values that are known to be right."""
+        """Return a mix of values that are known to be right."""
         mix = object.__new__(cls)
         vars(mix).update(lam=lam, partners=partners, _permutation=permutation, _number=number)
         return mix
 
     def __call__(self, h: T, batch_dim: int | Sequence[int | None] | None = None) -> T:
-        """``lam * h + (1 - lam) * h[partners]`` (section 2, step 3), in the dtype of ``h``.
+        """Compute ``lam * h + (1 - lam) * h[partners]`` (section 2, step 3), in the dtype of ``h``.
 
         The arithmetic is done in the wider of h's dtype and float32. Differentiable any number of times with respect
         to ``h``; the backward pass is deterministic, and keeps no activation.
@@ -92,7 +92,7 @@ class Mix(_Known):
             h: hidden state with n samples: a floating point tensor, or tuples, lists, dicts and dataclasses of them
                 (outputs of an LSTM, of a model). Integer tensors and numbers within are left as they are.
             batch_dim: the dimension that counts the samples: one for all tensors, one for each (None for a tensor that
-                is not mixed), or None to find them (:func:`batch_dims`). A lam for each sample goes along it.
+                is not mixed), or None to find them (``batch_dims``). A lam for each sample goes along it.
 
         Returns:
             The mixed state, in the structure of ``h``.
@@ -121,11 +121,11 @@ class Mix(_Known):
         return Interpolate.apply(h, (self.lam, self.partners, dim, False, self._permutation))  # type: ignore[no-any-return]
 
     def target(self, y: T) -> T:
-        """The labels of the mixed samples (section 2, step 3).
+        """Return the labels of the mixed samples (section 2, step 3).
 
         Args:
             y: (n, ...) tensor, or a structure of such tensors. Integer and bool labels become a
-                :class:`~lightning_manifold_mixup.MixedTarget`, whose losses are exact; a floating point target
+                ``MixedTarget``, whose losses are exact; a floating point target
                 (regression, one-hot, multi-hot, soft labels) becomes the mixed tensor.
 
         Returns:
@@ -157,7 +157,7 @@ class Mix(_Known):
         return mix(y) if isinstance(y, Tensor) else apply_to_collection(y, Tensor, mix)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> Mix:
-        """The same draw on another device; the copy does not wait for the device."""
+        """Return the same draw on another device; the copy does not wait for the device."""
         device = torch.device(device)
         lam, partners = self.lam, self.partners
         if lam.device == partners.device == device:
@@ -183,10 +183,10 @@ class Draw:
 
 
 def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
-    """The dimensions of the floating point tensors in ``h`` that count its n samples (``_step/dims.py`` has the rule).
+    """Find the dimension of the samples in each floating point tensor of ``h``; ``_step/dims.py`` has the rule.
 
     Args:
-        h: a hidden state; see :meth:`Mix.__call__`.
+        h: a hidden state; see ``Mix.__call__``.
         n: number of samples.
         batch_dim: None takes dimension 0, or dimension 1 of a tensor with three dimensions or more where dimension 0
             has another size (sequences of time-major networks, the states of an LSTM).
@@ -238,7 +238,7 @@ def draw_mix(
     dominant: bool = False,
     partners: Tensor | None = None,
 ) -> Mix:
-    """Draws lam ~ Beta(alpha, alpha) and a uniform permutation of n samples (section 2).
+    """Draw lam ~ Beta(alpha, alpha) and a uniform permutation of n samples (section 2).
 
     Args:
         n: number of samples in the minibatch.
@@ -248,8 +248,7 @@ def draw_mix(
         generator: where the randomness comes from. A torch generator is advanced by one draw; None uses torch's global
             one.
         dominant: fold lam to max(lam, 1 - lam), so that the original sample weighs at least as much as its partner.
-        partners: (n,) int64 tensor that somebody has chosen, as a strategy of ``partners.py`` does, in place of the
-            permutation.
+        partners: (n,) int64 tensor, chosen for instance by a strategy of ``partners.py``, in place of the permutation.
 
     Raises:
         ValueError: for an alpha that is negative or not finite, for a pair with zeros, and for partners that are not n
@@ -279,8 +278,8 @@ def draw_mix(
 
 
 def check_alpha(alpha: Any) -> None:
-    """Refuses an alpha for which there is no Beta(alpha, alpha), or Beta(a, b) for a pair (tuple, list, ListConfig)."""
-    if type(alpha) is float and 0 <= alpha < inf:  # as a rule, and asked of each batch
+    """Refuse an alpha for which there is no Beta(alpha, alpha), or Beta(a, b) for a pair (tuple, list, ListConfig)."""
+    if type(alpha) is float and 0 <= alpha < inf:  # the usual case, checked for each batch
         return
     pair = isinstance(alpha, Sequence) and not isinstance(alpha, str)
     numbers = list(alpha) if pair else [alpha]
@@ -294,16 +293,16 @@ def check_alpha(alpha: Any) -> None:
 
 @contextmanager
 def mixing(layer: nn.Module, mix: Mix, batch_dim: int | None = None) -> Iterator[None]:
-    """Mixes the output of ``layer`` while the context is open (section 2, steps 2 to 4).
+    """Mix the output of ``layer`` while the context is open (section 2, steps 2 to 4).
 
     For loops without a Trainer. Forward passes in eval mode or under ``no_grad`` (a teacher) are not mixed. Keep the
     context open during ``backward()`` if the layer is recomputed there (activation checkpointing).
 
     Args:
         layer: the module after which the hidden states are mixed; take one that no skip connection bypasses
-            (:func:`lightning_manifold_mixup.eligible_layers`).
+            (``lightning_manifold_mixup.eligible_layers``).
         mix: the draw for this minibatch.
-        batch_dim: see :meth:`Mix.__call__`.
+        batch_dim: see ``Mix.__call__``.
 
     Raises:
         TypeError: if ``layer`` is no module.

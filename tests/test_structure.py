@@ -1,6 +1,7 @@
-"""The order of the package: what may import what."""
+"""The order of the package: what may import what, how long a file may be, and one dialect in all docstrings."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,22 @@ def test_imports_do_not_run_in_circles():
     graph = networkx.DiGraph([(name, other) for name, path in FILES.items() for other in imported(parsed(path))])
     circles = [part for part in networkx.strongly_connected_components(graph) if len(part) > 1]
     assert all(part in CIRCLES for part in circles)
+
+
+def test_files_are_short():
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values()}
+    assert not {name: number for name, number in lines.items() if number > 350}
+
+
+def test_docstrings_have_no_other_marks_than_double_backticks():
+    """Single backticks and roles of Sphinx would be another dialect; what an example prints is not looked at."""
+    strings = (
+        (path.name, node.value.value)
+        for path in FILES.values()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+    prose = (
+        (name, re.sub(r"``[^`]+``|^ *>>> (.|\n(?! *\n))*", "", text, flags=re.MULTILINE)) for name, text in strings
+    )
+    assert not [(name, found) for name, text in prose for found in re.findall(r".*`.*", text)]

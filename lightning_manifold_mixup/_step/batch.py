@@ -1,8 +1,8 @@
 """A batch of any kind as a tree: its tensors with their keys, one part of it, and a copy with parts replaced.
 
 Lists, tuples, named tuples, dataclasses, mappings, objects with attributes or slots, and what behaves like one of them:
-`TensorDict`, tensorclasses, the batches of torch_geometric, `BatchEncoding`, `DictConfig`. None of those packages is
-imported: an object is known by what it can do.
+``TensorDict``, tensorclasses, the batches of torch_geometric, ``BatchEncoding``, ``DictConfig``. None of these packages
+is imported: the methods of an object tell what it is.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 
 Key = int | str
-"""Where a part of a batch is: an index, a name, or indices and names joined by dots (`"labelled.1"`)."""
+"""Where a part of a batch is: an index, a name, or indices and names joined by dots (``"labelled.1"``)."""
 
 _ATOMS = (Tensor, str, bytes, int, float, complex, type(None), type, nn.Module, types.ModuleType, types.FunctionType)
 _DEPTH = 8
-"""Levels of a batch that are looked at; objects may refer to what holds them."""
+"""How many levels of a batch are looked at: an object may refer to its owner."""
 _LONG = 4
-"""Of a longer run of equal parts, `structure` does not tell the length: it may be that of the batch."""
+"""``structure`` ignores the length of a longer run of equal parts, which may be the size of the batch."""
 
 
 def children(node: Any) -> Sequence[Any]:
@@ -58,7 +58,7 @@ def children(node: Any) -> Sequence[Any]:
 
 
 def item(node: Any, part: Any) -> Any:
-    """Return one part of a batch, by one of its `children`."""
+    """Return one part of a batch, by one of its ``children``."""
     if isinstance(part, int) or _by_key(node):
         return node[part]
     if _is_hetero(node):
@@ -87,10 +87,10 @@ def leaves(batch: Any) -> list[tuple[Key, Tensor]]:
 
 
 def get(batch: Any, key: Key, role: str = "value") -> Any:
-    """Return the part of a batch at `key`.
+    """Return the part of a batch at ``key``.
 
     Raises:
-        ValueError: If there is none. The message says `role` and shows the batch.
+        ValueError: if there is none. The message says ``role`` and shows the batch.
     """
     for part in resolve(batch, key, role):
         batch = item(batch, part)
@@ -98,7 +98,7 @@ def get(batch: Any, key: Key, role: str = "value") -> Any:
 
 
 def replaced(batch: Any, key: Key, value: Any) -> Any:
-    """Return a batch of the same type with `value` at `key`; the batch handed in is left as it is."""
+    """Return a batch of the same type with ``value`` at ``key``; the batch handed in is left as it is."""
     return substituted(batch, {resolve(batch, key): value})
 
 
@@ -106,8 +106,8 @@ def substituted(batch: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
     """Return a batch of the same type with other values at some paths; the batch handed in is left as it is.
 
     Args:
-        batch: The batch.
-        values: The new values, by the keys that lead to each (see `resolve`).
+        batch: the batch.
+        values: the new values, by the keys that lead to each (see ``resolve``).
     """
     if type(batch) in (tuple, list):  # as a rule
         parts = list(batch)
@@ -130,16 +130,16 @@ def substituted(batch: Any, values: Mapping[tuple[Any, ...], Any]) -> Any:
 
 
 def without(batch: Any, keys: Sequence[Key]) -> Iterator[Tensor]:
-    """Yield the tensors of a batch other than those at `keys`; one that is in two places may be both."""
+    """Yield the tensors of a batch at other places than ``keys``."""
     excluded = [resolve(batch, key) for key in keys]
     return (leaf for path, leaf in _walk(batch, (), ()) if not any(path[: len(top)] == top for top in excluded))
 
 
 def resolve(batch: Any, key: Key, role: str = "value") -> tuple[Any, ...]:
-    """Return the path to a part of a batch, one of the `children` for each level.
+    """Return the path to a part of a batch, one of the ``children`` for each level.
 
     Raises:
-        ValueError: If `key` is not in the batch. The message says `role`, near misses, and shows the batch.
+        ValueError: if ``key`` is not in the batch. The message says ``role``, near misses, and shows the batch.
 
     Example:
         >>> resolve({"labelled": ("x", "y")}, "labelled.1")
@@ -170,12 +170,12 @@ def resolve(batch: Any, key: Key, role: str = "value") -> tuple[Any, ...]:
 
 
 def joined(path: Sequence[Any]) -> Key:
-    """Return the key of a path; see `resolve`."""
+    """Return the key of a path; see ``resolve``."""
     return path[0] if len(path) == 1 and isinstance(path[0], int) else ".".join(map(str, path))
 
 
 def getter(batch: Any, path: Sequence[Any]) -> Callable[[Any], Any]:
-    """Return a function that takes the part at `path` from batches that are built like this one, without checks."""
+    """Return a function that takes the part at ``path`` from batches that are built like this one, without checks."""
     steps: list[Callable[[Any], Any]] = []
     node = batch
     for part in path:
@@ -250,7 +250,7 @@ def kind_of(part: Any) -> str:
 def _walk(node: Any, path: tuple[Any, ...], around: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     if isinstance(node, Tensor):
         yield path, node
-    elif id(node) not in around:  # objects may refer to what holds them
+    elif id(node) not in around:  # an object may refer to its owner
         for key in children(node):
             yield from _walk(item(node, key), (*path, key), (*around, id(node)))
 
@@ -264,7 +264,7 @@ def _with(node: Any, values: Mapping[Any, Any]) -> Any:
         return parts if kind is list else tuple(parts)
     if hasattr(node, "_fields"):
         return node._replace(**values)
-    # `copy.copy` of a tensorclass shares its values before tensordict 0.15: the user's own batch would change.
+    # ``copy.copy`` of a tensorclass shares its values before tensordict 0.15: the user's own batch would change.
     new = node.clone(recurse=False) if "_tensordict" in getattr(node, "__dict__", ()) else copy.copy(node)
     for part, value in values.items():
         if isinstance(part, int) or _by_key(node):
@@ -296,7 +296,7 @@ def _runs(parts: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _by_key(node: Any) -> bool:
-    """Whether parts are taken by `node[key]`: mappings, and the data of torch_geometric, which is none by its type."""
+    """Whether parts are taken by ``node[key]``: mappings, and the data of torch_geometric, whose type is none."""
     if isinstance(node, Mapping):  # some are dataclasses, too: the outputs of transformers
         return True
     if dataclasses.is_dataclass(node) or _is_hetero(node):

@@ -1,4 +1,4 @@
-"""Whether lam and partners are a draw; looked at where that needs not wait for a device."""
+"""Checks that lam and partners are a draw, where that does not wait for a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_draw(lam: Any, partners: Any) -> bool:
-    """Refuses what is no draw, and tells whether ``partners`` is known to be a permutation."""
+    """Refuse what is no draw, and tell whether ``partners`` is known to be a permutation."""
     for name, value, dtypes, remedy in (
         ("lam", lam, (torch.float32, torch.float64), "`torch.tensor(lam)`, `lam.float()`"),
         ("partners", partners, (torch.int64,), "`torch.tensor(partners)`, `partners.long()`"),
@@ -30,7 +30,7 @@ def check_draw(lam: Any, partners: Any) -> bool:
         raise ValueError("Expected a lam that is drawn, got one that requires a gradient, which mixing does not give.")
     if torch.compiler.is_compiling():
         return False
-    # By NumPy, which takes a fraction of the time on numbers so few.
+    # NumPy takes a fraction of the time of PyTorch on so few numbers.
     if (weights := _on_host(lam)) is not None and n and not (weights.min() >= 0 and weights.max() <= 1):
         raise ValueError(f"Expected lam in [0, 1], the weight of the original sample, got {weights.tolist()}.")
     if (indices := _on_host(partners)) is None:
@@ -47,5 +47,5 @@ def number_of(lam: Tensor) -> float | None:
 
 
 def _on_host(tensor: Tensor) -> Any:
-    """The values as a NumPy array, None where reading them would wait for a device, or where there are none."""
+    """Return the values as a NumPy array, None where reading them would wait for a device, or where there are none."""
     return tensor.numpy() if type(tensor) is Tensor and tensor.device.type == "cpu" else None

@@ -1,4 +1,4 @@
-"""What a draw has at hand: the batch, alpha, S and private random numbers."""
+"""What a draw is made from: the batch, alpha, S and private random numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AlphaSchedule:
             raise ValueError(f"Expected a schedule of at least one epoch, got epochs={self.epochs}.")
 
     def __call__(self, epoch: int) -> float:
-        """Alpha in an epoch, counted from 0."""
+        """Return alpha in an epoch, counted from 0."""
         return self.start + (self.end - self.start) * min(epoch / self.epochs, 1.0)
 
 
@@ -83,7 +83,7 @@ class Draws:
         self.start(0)
 
     def start(self, count: int) -> None:
-        """Begins with the numbers of a batch, by its number."""
+        """Begin with the numbers of a batch, by its number."""
         self._count = count
         self._shared: np.random.Generator | None = None
         self._own: np.random.Generator | None = None
@@ -109,7 +109,7 @@ class Draws:
         return self._own
 
     def uniform(self) -> float:
-        """A shared number in [0, 1)."""
+        """Return a shared number in [0, 1)."""
         if self._shared is not None or self._taken == _UNIFORMS:
             return float(self.shared.random())
         if self._count not in self._uniforms:
@@ -119,7 +119,7 @@ class Draws:
         return self._uniforms[self._count][self._taken - 1]
 
     def mix(self, n: int, alpha: Alpha, dominant: bool = False) -> Mix:
-        """:func:`draw_mix` of this process's numbers."""
+        """Compute ``draw_mix`` of this process's numbers."""
         if self._own is not None or self._mixed:
             return draw_mix(n, alpha, self.own, dominant)
         how = n, alpha, dominant
@@ -134,7 +134,7 @@ class Draws:
 
 @dataclass
 class DrawContext:
-    """All that a draw may depend on; what :meth:`ManifoldMixupCallback.draw` is handed.
+    """All that a draw may depend on; what ``ManifoldMixupCallback.draw`` is handed.
 
     Attributes:
         n: number of samples in the batch.
@@ -171,18 +171,18 @@ class DrawContext:
         return self.draws.own
 
     def draw_layer(self) -> str:
-        """k, drawn from S by the layers' weights; the same on all ranks."""
+        """Draw k from S by the layers' weights; the same on all ranks."""
         names, weights = list(self.layers), list(accumulate(self.layers.values()))
         return names[bisect_right(weights, self.draws.uniform() * weights[-1])]
 
     def draw_mix(self) -> Mix:
-        """Lam ~ Beta(alpha, alpha), and a partner for each sample."""
+        """Draw lam ~ Beta(alpha, alpha), and a partner for each sample."""
         if self.partners is None and self.rows is None:
             return self.draws.mix(self.n, self.alpha, self.dominant)
         return draw_mix(self.n, self.alpha, self.own, dominant=self.dominant, partners=self.draw_partners())
 
     def draw_partners(self) -> Tensor | None:
-        """The strategy's partners, among the samples that are trained on; None is a permutation of all."""
+        """Return the strategy's partners, among the samples that are trained on; None is a permutation of all."""
         if self.rows is None:
             return None if self.partners is None else self._chosen(self.targets, self.n)
         rows = self.rows.nonzero().flatten().cpu()
@@ -205,12 +205,12 @@ class DrawContext:
         return chosen
 
     def draw(self) -> Draw:
-        """Both, as the paper has it."""
+        """Draw layer and mix, as in the paper."""
         return Draw(self.draw_layer(), self.draw_mix())
 
 
 def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
-    """A context for each group of samples in a batch; ``how`` are the other fields."""
+    """Return a context for each group of samples in a batch; ``how`` are the other fields."""
     targets, rows = places.targets_of(batch), places.rows_of(batch)
     shown = targets[0] if len(targets) == 1 else targets
     groups = range(len(places.groups))
@@ -218,7 +218,7 @@ def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
 
 
 def check_draw(draw: Any, layers: Mapping[str, float], n: int) -> None:
-    """Refuses what a user's ``draw`` has returned if it is no draw of a batch of n samples at one of ``layers``."""
+    """Refuse what a user's ``draw`` has returned if it is no draw of a batch of n samples at one of ``layers``."""
     if not isinstance(draw, Draw):
         raise TypeError(f"Expected `draw` to return `Draw(layer, mix)`, got {type(draw).__name__}: {draw!r:.80}.")
     if draw.layer not in layers or draw.mix.partners.shape[0] != n:
@@ -229,7 +229,7 @@ def check_draw(draw: Any, layers: Mapping[str, float], n: int) -> None:
 
 
 def cycle(n: int, generator: np.random.Generator, rows: Tensor | None) -> Any:
-    """A random permutation in which every sample has another one for its partner: of those that are trained on."""
+    """Draw a permutation in which no sample is its own partner, among the samples that are trained on."""
     order = generator.permutation(n if rows is None else rows.nonzero().flatten().cpu().numpy())
     partners = np.arange(n)
     partners[order] = np.roll(order, -1)

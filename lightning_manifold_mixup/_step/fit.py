@@ -1,4 +1,4 @@
-"""Manifold Mixup through one fit: the hooks on the user's modules, and what stands in the place of training_step."""
+"""One fit with Manifold Mixup: the hooks on the user's modules, and what takes the place of training_step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lightning_manifold_mixup.mixing import Mix
 
 @dataclass
 class Plan:
-    """What is settled once, and saved in the checkpoint.
+    """What is decided once, and saved in the checkpoint.
 
     Attributes:
         layers: S, with the weight of each layer; None until the first batch has been observed.
@@ -124,7 +124,7 @@ class Fit:
     # ------------------------------------------------------------------------------------------------- one batch
 
     def arm(self, layer: str | None, mixes: Mixes, places: Places) -> None:
-        """Mixes the next training step.
+        """Mix the next training step.
 
         Args:
             layer: k; None to observe the step, which chooses S.
@@ -145,26 +145,26 @@ class Fit:
             target_hook.arm(mixes if layer not in (None, INPUT) else ())
 
     def disarm(self) -> None:
-        """Nothing is mixed any more, until :meth:`arm`."""
+        """Mix nothing until ``arm`` is called again."""
         self.step = None
         self.disarm_hooks()
 
     def disarm_hooks(self) -> None:
-        """No forward pass is mixed any more in this batch."""
+        """Mix no further forward pass in this batch."""
         for hook in self._armed:
             hook.disarm()
 
     def leave(self) -> None:
-        """Gives ``training_step`` back until the next batch is armed."""
+        """Give ``training_step`` back until the next batch is armed."""
         self._stand_in.leave()
 
     def close(self) -> None:
-        """Takes everything back."""
+        """Take everything back."""
         self.disarm()
         self._stack.close()
 
     def run(self, training_step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The training step of an armed batch."""
+        """Run the training step of an armed batch."""
         step = self.step
         assert step is not None
         call = Call(args, kwargs)
@@ -222,11 +222,11 @@ class Fit:
         return proof.passes_at(step.site.layer) if able else proof.passes or 1
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
-        """What the compiled step of this batch is to be compared with, in a batch that the oracles were asked about."""
+        """Run the eager step to compare the compiled one with; None if the oracles were not asked about the batch."""
         plain = not (step.superposition.lam.ndim or self.options.clean_weight or self._settled is None)
         if not plain or not self.module.automatic_optimization or not compiled_parts(self.module):
             return None
-        if not self.proof.enabled or self._compared >= self._mixed:  # an LBFGS closure comes again
+        if not self.proof.enabled or self._compared >= self._mixed:  # an LBFGS closure runs several times for a batch
             return None
         self._compared = self._mixed
         return eager_step(Trials(self.module, call), step.site, step.mixes)
@@ -259,12 +259,12 @@ class Fit:
             self._hook_criteria(sorted(trials.fired))
 
     def _settle(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:
-        """Observes the step on a ghost: S is chosen, or checked. Returns its output if it had to run for real."""
+        """Observe the step on a ghost: S is chosen, or checked. Return its output if it had to run for real."""
         step = self.step
         assert step is not None
         places = step.site.places
         real: tuple[Any] | None = None
-        for layer in self.plan.layers or ["not yet chosen"]:  # what cannot be mixed is said before anything runs
+        for layer in self.plan.layers or ["not yet chosen"]:  # raises for what cannot be mixed, before anything runs
             self._site(layer, places).mixed(call.batch, step.mixes, step.mixes, "partners")
         try:
             seen = watch(self.module, call, step.site, step.mixes)

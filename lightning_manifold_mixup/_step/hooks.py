@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class MixingHook:
     """Forward hook that mixes the output of its module while it holds a draw.
 
-    It may stay registered for good: torch.compile then sees the same hook each time, and compiles one graph for each
-    layer that is armed. A copy of the module (EMA, ``copy.deepcopy``) gets a hook that does nothing.
+    It may stay registered: torch.compile then sees the same hook each time, and compiles one graph for each layer that
+    is armed. A copy of the module (EMA, ``copy.deepcopy``) gets a hook that does nothing.
 
     Attributes:
         mixes: the draw to apply, one for each group of samples that passes the layer; empty lets every state through.
@@ -35,7 +35,7 @@ class MixingHook:
 
     def __init__(self, batch_dim: int | None = None, dims: Sequence[int | None] | None = None) -> None:
         self.batch_dim = batch_dim
-        # As found at the first batch: a later one may have as many samples as time steps. None: not mixed.
+        # Found at the first batch, because a later one may have as many samples as time steps. None: not mixed.
         self.dims: Sequence[int | None] | None = dims
         self.mixes: tuple[Mix, ...] = ()
         self.calls = 0
@@ -43,16 +43,16 @@ class MixingHook:
         self.in_eval = False
 
     def arm(self, mixes: tuple[Mix, ...]) -> None:
-        """Mixes by these draws from now on."""
+        """Mix by these draws from now on."""
         self.mixes = mixes
         self.calls = self.nodes = 0
 
     def disarm(self) -> None:
-        """Lets every state through."""
+        """Let every state through."""
         self.mixes = ()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The mixed output, or None to leave it as it is."""
+        """Return the mixed output, or None to leave it as it is."""
         if not self.mixes:
             return None
         wanted = self.in_eval or (module.training and not is_unmixed())
@@ -78,7 +78,7 @@ class MixingHook:
         return mixed
 
     def _mixed(self, module: nn.Module, mix: Mix, output: Any) -> Any:
-        # Not `mix(output)`: torch.compile of torch 2.6 would make a new graph for each object that is called.
+        # Not ``mix(output)``: torch.compile of torch 2.6 would make a new graph for each object that is called.
         if isinstance(module, nn.RNNBase):  # its states have the batch in dimension 1, whatever their sizes are
             sequence, states = output
             return mix.__call__(sequence, 0 if module.batch_first else 1), mix.__call__(states, 1)
@@ -96,7 +96,7 @@ class MixingHook:
 
 
 def _check_order(module: nn.Module) -> None:
-    """Refuses a layer for several parts of a batch that an activation checkpoint calls again, in backward."""
+    """Refuse a layer for several parts of a batch that an activation checkpoint calls again, in backward."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         from lightning_manifold_mixup._step.targets import MixingError
 
@@ -134,7 +134,7 @@ class TargetHook(MixingHook):
     """Mixes what a module returns as a target, a teacher for instance, also without gradients and in eval mode."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The mixed output, or None to leave it as it is."""
+        """Return the mixed output, or None to leave it as it is."""
         if not self.mixes:
             return None
         mix = self.mixes[self.calls % len(self.mixes)]
@@ -146,13 +146,13 @@ class TargetHook(MixingHook):
 
 
 def remember_original(mixed: Tensor, original: Tensor) -> Tensor:
-    """Lets :func:`hand_plain_inputs` find the plain tensor of an input that is a target, too."""
+    """Let ``hand_plain_inputs`` find the plain tensor of an input that is a target, too."""
     mixed._manifold_original = original  # type: ignore[attr-defined]
     return mixed
 
 
 def hand_plain_inputs(module: nn.Module, stack: ExitStack) -> None:
-    """The modules of a network see the plain input, where the loss reads the mixed one as a target (reconstruction)."""
+    """Hand the plain input to the modules of a network whose loss reads the mixed one as a target (reconstruction)."""
 
     def plain_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return apply_to_collection(args, Tensor, _original), apply_to_collection(kwargs, Tensor, _original)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What PyTorch hands to one thread, at least. A row of this many elements for each thread is worth a call of its own.
+# The fewest elements that PyTorch gives to one thread. A row with so many for each thread is worth its own call.
 _GRAIN = 1 << 15
 # Up to as many elements, the operations of PyTorch with their own gradients take less time than a Function in Python.
 _SMALL = 1 << 14
@@ -27,22 +27,23 @@ class Interpolate(torch.autograd.Function):
     """``lam * h + (1 - lam) * h[partners]`` along ``dim``. Linear in h, so no activation is kept for backward.
 
     The transpose of that map gives sample j lam times its own gradient, and 1 - lam times the gradient of each sample
-    whose partner it is. Where that is one sample for each j, partners being a permutation, it is the map of the inverse
-    permutation: backward, too, writes each sample once. Otherwise it sums, always in the same order.
+    whose partner it is. If partners are a permutation, that is the map of the inverse permutation, and backward writes
+    each sample once, too. Otherwise backward sums, always in the same order.
     """
 
-    # With small states the time goes here, not into the arithmetic. So: not the newer way with `setup_context`, which
-    # binds the arguments by the signature each time; one argument for all that has no gradient, kept as it is, without
-    # the care that `save_for_backward` takes of activations; no record in backward unless for a second derivative.
+    # For small states most of the time is spent here, not in the arithmetic. So this is not the newer form with
+    # ``setup_context``, which binds the arguments by the signature at each call. All that has no gradient is one
+    # argument, kept without ``save_for_backward``, whose checks are for activations. Backward is recorded only for a
+    # second derivative.
     @staticmethod
     def forward(ctx: Any, h: Tensor, how: tuple[Tensor, Tensor, int, bool, bool]) -> Tensor:
-        """``interpolate(h, *how)``."""
+        """Compute ``interpolate(h, *how)``."""
         ctx.how = how
         return interpolate(h, *how)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The transpose of what forward was."""
+        """Apply the transpose of the map in forward."""
         lam, partners, dim, transposed, permutation = ctx.how
         how = (lam, partners, dim, not transposed, permutation)
         return Interpolate.apply(gradient, how) if torch.is_grad_enabled() else interpolate(gradient, *how), None
@@ -51,7 +52,7 @@ class Interpolate(torch.autograd.Function):
 def interpolate(
     h: Tensor, lam: Tensor, partners: Tensor, dim: int = 0, transposed: bool = False, permutation: bool = False
 ) -> Tensor:
-    """``lam * h + (1 - lam) * h.index_select(dim, partners)``, without gradients.
+    """Compute ``lam * h + (1 - lam) * h.index_select(dim, partners)``, without gradients.
 
     With one lam and a permutation, no temporary of h's size, and one pass over the memory on CUDA, and on large states
     everywhere. Rounded once, from the wider of h's dtype and float32. Deterministic. Waits for no device: ``lam`` is
@@ -85,7 +86,7 @@ def interpolate(
     # repeated, it sums. In half precision torch.lerp takes a number in float32, but rounds a tensor of lams.
     lerp = permutation or not transposed
     if lerp and h.device.type in _HOSTS and (not lam.ndim or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
-        # Row by row there is one pass; but a row must be of one piece, keep all threads busy, and repay the call.
+        # Row by row takes one pass, but each row must be contiguous, keep all threads busy and be worth a call.
         if h.stride(dim) >= _GRAIN * torch.get_num_threads():
             mixed = _row_by_row(h, lam, partners, dim, transposed)
         else:
@@ -110,18 +111,18 @@ def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool,
 
 
 def _along(dim: int, lam: Tensor, h: Tensor) -> Tensor:
-    """``lam`` in a shape that broadcasts along dimension ``dim`` of ``h``, whatever the sizes of the others are."""
+    """Give ``lam`` a shape that broadcasts along dimension ``dim`` of ``h``, whatever its other sizes are."""
     if lam.ndim == 0:
         return lam
     return lam.reshape([-1 if d == dim % h.ndim else 1 for d in range(h.ndim)])
 
 
 def _add_rows(sums: Tensor, rows: Tensor, targets: Tensor, dim: int) -> Tensor:
-    """Adds row i to row ``targets[i]`` of ``sums``, always in the same order."""
-    if sums.device.type == "cuda":  # index_add_ is in order only by `use_deterministic_algorithms`; this one sorts
+    """Add row i to row ``targets[i]`` of ``sums``, always in the same order."""
+    if sums.device.type == "cuda":  # index_add_ is in order only by ``use_deterministic_algorithms``; this one sorts
         sums.movedim(dim, 0).index_put_((targets,), rows.movedim(dim, 0), accumulate=True)
         return sums
-    return sums.index_add_(dim, targets, rows)  # and on CPUs index_put_ is the one that is not
+    return sums.index_add_(dim, targets, rows)  # on CPUs, index_put_ may take another order
 
 
 def _row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
@@ -140,7 +141,7 @@ def _row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
 
 
 def _along_cycles(partners: list[int]) -> list[int]:
-    """All samples, mostly each before its partner: the partner's row is in the cache when its own turn comes."""
+    """Order all samples so that most come just before their partner, whose row is then still in the cache."""
     order: list[int] = []
     seen = [False] * len(partners)
     for i in range(len(partners)):
@@ -153,9 +154,9 @@ def _along_cycles(partners: list[int]) -> list[int]:
 
 @cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """The kernel for a CUDA device; None where there is no Triton (Windows, macOS), or none that works.
+    """Return the kernel for a CUDA device; None where there is no Triton (Windows, macOS), or none that works.
 
-    It is tried on two numbers first: Triton needs a C compiler, and not every GPU will do.
+    It is tried on two numbers first: Triton needs a C compiler, and does not support every GPU.
     """
     try:
         from lightning_manifold_mixup._step.kernels import interpolate as kernel

@@ -1,4 +1,4 @@
-"""What tells cheaply, after each batch, that a training step is built as before: modes, and the size of its graph."""
+"""Tells cheaply after each batch whether a training step is built as before: by modes and the size of its graph."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 _is_training = attrgetter("training")
 
 nodes_made: Callable[[], int] = getattr(torch.autograd, "_get_sequence_nr", lambda: 0)
-"""How many nodes of autograd graphs this thread has made; 0 if a torch should come that does not tell."""
+"""How many nodes of autograd graphs this thread has made; 0 in a torch that does not tell."""
 
 
 def modes_of(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
-    """The modes of some modules; asked for each batch."""
+    """Return the modes of some modules; called for each batch."""
     return tuple(map(_is_training, modules))
 
 
 @cache
 def reads_mode(kind: type) -> bool:
-    """Whether modules of a class may run otherwise in eval mode: all but those of PyTorch's that never ask.
+    """Whether modules of a class may behave differently in eval mode: all but PyTorch's own that do not read the mode.
 
-    A linear layer does not, and the flags of a large network lie far apart in memory.
+    A linear layer does not. Fewer flags are read faster: those of a large network lie far apart in memory.
     """
     if not kind.__module__.startswith("torch.nn."):
         return True

@@ -1,6 +1,6 @@
 """The rules by which torch functions are evaluated on labels in superposition; ``targets.py`` says what those are.
 
-The general rule is :func:`_on_both`: the function is called once for each labelling. The table ``_RULES`` has the
+The general rule is ``_on_both``: the function is called once for each labelling. The table ``_RULES`` has the
 exceptions, each with its reason.
 """
 
@@ -30,7 +30,7 @@ Rule = Callable[[str, Function, Any, Any, Superposition], Any]
 
 
 def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
+    """Compute ``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
     name = _name(func)
     sources = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
     if not sources:  # the training step is over
@@ -62,7 +62,7 @@ def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name(func: Function) -> str:
-    """The name of a torch function; of the access to a property, "get" or "set" and the name of that."""
+    """Return the name of a torch function; for access to a property, "get" or "set" and its name."""
     if func.__name__ in ("__get__", "__set__"):
         return f"{func.__name__.strip('_')} {func.__self__.__name__}"  # type: ignore[attr-defined]
     return func.__name__
@@ -82,7 +82,7 @@ def _on_both(name: str, func: Function, args: Any, kwargs: Any, superposition: S
 
 
 def _by_position(name: str, args: Any) -> bool:
-    """Whether certain samples are picked: of one sample, both labellings may agree here and differ in another batch."""
+    """Whether single samples are picked: both labellings may agree on them here, and differ in another batch."""
     if name in ("select", "unbind", "narrow", "split", "chunk"):
         return True
     if name != "__getitem__":
@@ -94,12 +94,12 @@ def _by_position(name: str, args: Any) -> bool:
 
 
 def _of_the_object(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """Of the tensor as an object, not of its value under a labelling."""
+    """Answer for the tensor as an object, not for its value under a labelling."""
     return func(*_under(args, _first), **_under(kwargs, _first))
 
 
 def _read(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """Python code takes a value to the host, where nobody can follow it."""
+    """Take a value to the host, where Python code may do anything with it."""
     decides = name in _DECISIONS
     first = func(*_under(args, _first), **_under(kwargs, _first))
     second = func(*_under(args, _second), **_under(kwargs, _second))
@@ -119,21 +119,22 @@ def _read(name: str, func: Function, args: Any, kwargs: Any, superposition: Supe
 
 
 def _display(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """Text for people."""
+    """Make text for people."""
     return func(*_under(args, _shown), **_under(kwargs, _shown))
 
 
 def _gradient(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """``torch.autograd.grad``: of the mixed loss; of both where the result is to be differentiated again."""
+    """Compute ``torch.autograd.grad``: of the mixed loss; of both where the result is to be differentiated again."""
     if kwargs.get("create_graph"):
         return _on_both(name, func, args, kwargs, superposition)
     return func(*_under(args, _shown), **_under(kwargs, _shown))
 
 
 def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """A write is done for both labellings; the tensor that is written into is in superposition from then on.
+    """Write for both labellings; the tensor that is written into is in superposition from then on.
 
-    It is refused where other tensors share the memory (views, a row of a user's table): they would not know of it.
+    It is refused where other tensors share the memory (views, a row of a user's table): these would not be written for
+    both labellings.
     """
     target, *others = args
     inside = isinstance(target, _Superposed)
@@ -175,12 +176,12 @@ def _holders(tensor: Tensor) -> int:
 
 
 def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """The user's own backward pass is that of the mixed loss."""
+    """Back-propagate the mixed loss, in a backward pass of the user's own."""
     return func(*_under(args, _shown), **_under(kwargs, _shown))
 
 
 def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """As NLL of log-probabilities, which are the same for both labellings: the largest tensors are made once."""
+    """Compute the NLL of log-probabilities, which both labellings share: the largest tensors are made once."""
     if superposition.lam.ndim:
         return _per_sample(name, func, args, kwargs, superposition)
     if len(args) == 2:
@@ -208,7 +209,7 @@ def plain_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """What :func:`_cross_entropy` comes to in the usual case, where a step has little to do but Python; else None."""
+    """Compute ``_cross_entropy`` for the usual arguments, with little work in Python; None for others."""
     if (
         type(target) is not MixedTarget
         or not (superposition := target._superposition).open
@@ -232,7 +233,7 @@ def plain_cross_entropy(
 
 
 def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """Losses of samples, each with a lam of its own: weighted before they are summed up."""
+    """Compute the losses of samples, each with a lam of its own: weighted before they are summed up."""
     if not superposition.lam.ndim:
         return _on_both(name, func, args, kwargs, superposition)
     bound = inspect.signature(func).bind(*args, **kwargs)
@@ -256,7 +257,7 @@ def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition
 
 
 def _count(arguments: dict[str, Any], losses: Tensor) -> Tensor | int:
-    """What ``reduction="mean"`` divides by: the class weights of the labels that count, or the number of losses."""
+    """Return the divisor of ``reduction="mean"``: the class weights of labels that count, or the number of losses."""
     if "ignore_index" not in arguments or arguments["target"].is_floating_point():
         return losses.numel()
     counted = arguments["target"] != arguments["ignore_index"]
@@ -288,7 +289,7 @@ def _is_linear(name: str, args: Any, count: int) -> bool:
 
 # A property that is a value; all others (grad_fn, device, ...) are of the object.
 _VALUES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
-# Finite or not: that differs between two labellings only where training is lost anyway.
+# Whether a value is finite differs between the labellings only if training has diverged anyway.
 _STEADY = {"isnan", "isinf", "isfinite"}
 _DECISIONS = {"__bool__", "is_nonzero", "__index__", "__contains__"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "set_"}
@@ -320,7 +321,7 @@ def _second(value: Tensor) -> Tensor:
 
 
 def _originally(value: Tensor) -> tuple[Tensor, Tensor]:
-    """The value under the original labelling, and under that of the partners."""
+    """Return the value under the original labelling, and under that of the partners."""
     if isinstance(value, _Superposed) and value._superposition.open:
         return value._superposition.ordered(value._first, value._second)
     return _closed(value), _closed(value)
@@ -339,7 +340,7 @@ def _closed(value: Tensor) -> Tensor:
 
 
 def _under(tree: Any, labelling: Callable[[Tensor], Tensor]) -> Any:
-    """The arguments of a torch function (nested tuples, lists and dicts at most) under one labelling."""
+    """Return the arguments of a torch function (nested tuples, lists and dicts at most) under one labelling."""
     if isinstance(tree, Tensor):
         return labelling(tree)
     if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):

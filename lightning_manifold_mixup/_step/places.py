@@ -1,4 +1,4 @@
-"""Where inputs, targets and masks are in batches that are built alike; what a step asks of it costs a microsecond."""
+"""Where inputs, targets and masks are in batches that are built alike. A lookup takes about a microsecond."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Group:
     """Samples that are mixed among each other; a batch of several loaders has one group for each.
 
     Attributes:
-        inputs: Keys of the inputs.
-        targets: Keys of the targets.
-        masks: Keys of the attention masks.
+        inputs: keys of the inputs.
+        targets: keys of the targets.
+        masks: keys of the attention masks.
     """
 
     inputs: tuple[Key, ...]
@@ -31,16 +31,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything is in batches that are built alike. Made by `Keys.locate`.
+    """Where everything is in batches that are built alike. Made by ``Keys.locate``.
 
     Attributes:
-        inputs: Keys of the inputs; empty if they were not found (`require_inputs` says why).
-        targets: Keys of the targets.
-        masks: Keys of the attention masks.
-        groups: The samples that are mixed among each other; usually one group.
-        target_dim: The dimension of the targets that counts the samples: 0, or `batch_dim` for time-major ones.
-        row_mask: Key of the (n,) bool mask that says which samples are trained on, if there is one.
-        input_problem: Why the inputs are not clear; None if they are.
+        inputs: keys of the inputs; empty if they were not found (``require_inputs`` says why).
+        targets: keys of the targets.
+        masks: keys of the attention masks.
+        groups: the samples that are mixed among each other; usually one group.
+        target_dim: the dimension of the targets that counts the samples: 0, or ``batch_dim`` for time-major ones.
+        row_mask: key of the (n,) bool mask that says which samples are trained on, if there is one.
+        input_problem: why the inputs are not clear; None if they are.
     """
 
     inputs: tuple[Key, ...]
@@ -57,7 +57,7 @@ class Places:
         """Return the keys of the inputs, for mixing at the input.
 
         Raises:
-            ValueError: If they were not found, or if other tensors may be inputs, too: mixing only some of them would
+            ValueError: if they were not found, or if other tensors may be inputs, too: mixing only some of them would
                 mix a part of the state.
         """
         if self.input_problem is not None:
@@ -99,8 +99,8 @@ class Places:
     def rows_of(self, batch: Any) -> Tensor | None:
         """Return which samples are trained on, (n,) bool; None if all are, as far as the batch says.
 
-        A mask of its own says so for the nodes of a graph (`train_mask`); in the batches of torch_geometric's
-        NeighborLoader, the first `batch_size` nodes are. Partners are drawn among these alone: so no label of another
+        The nodes of a graph have a mask for it (``train_mask``). In the batches of torch_geometric's NeighborLoader,
+        the first ``batch_size`` nodes are trained on. Partners are drawn among these only, so that no label of another
         node gets into the loss.
         """
         if self.row_mask is not None:

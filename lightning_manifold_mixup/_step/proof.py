@@ -120,7 +120,7 @@ class Proof:
         mixed: int,
         again: bool = False,
     ) -> None:
-        """Asks both oracles about a batch.
+        """Ask both oracles about a batch.
 
         Args:
             trials: the step on that batch; None if it has one sample, which tells nothing.
@@ -167,7 +167,7 @@ class Proof:
             self.passes = self.passes or 1
 
     def run_twice(self, reason: str, again: bool = False) -> None:
-        """From now on the training step runs once for each labelling.
+        """Run the training step once for each labelling from now on.
 
         Args:
             reason: why.
@@ -210,7 +210,7 @@ class Proof:
         return None
 
     def _pairs(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> tuple[str | None, str | None]:
-        """What is an error whatever is done, and why labels in superposition are not exact; None if that is not so."""
+        """Return the error that two passes would not mend, and why superposition is not exact; or None for each."""
         for site in sites:
             try:
                 finding, lines = pair(trials, site, draws)
@@ -237,7 +237,7 @@ class Proof:
         return None, None
 
     def _decide_for_two(self, reason: str, again: bool) -> str | None:
-        """Goes over to two passes; if that is not possible, returns why."""
+        """Go over to two passes; if that is not possible, return why."""
         if self._wanted == 1 or not self._trainer.lightning_module.automatic_optimization:
             how = "`passes=1`" if self._wanted == 1 else "manual optimization"
             return (
@@ -263,7 +263,7 @@ class Proof:
 
 
 def _plain_run(trials: Trials) -> tuple[Outcome | None, bool, str]:
-    """The step on the batch as it is: in eval mode, or in training mode where it draws no random numbers there."""
+    """Run the step on the plain batch: in eval mode, or in training mode if it draws no random numbers there."""
     reason = "the step skips the batch"
     for train in (False, True):
         before = random_states(trials.module.parameters())
@@ -271,7 +271,7 @@ def _plain_run(trials: Trials) -> tuple[Outcome | None, bool, str]:
             outcome = trials.run(train=train)
         except NoGhostError:
             raise
-        except Exception as error:  # whatever the user's code does in eval mode
+        except Exception as error:  # any error of the user's code in eval mode
             reason = f"the step does not run on a copy of the module: {type(error).__name__}: {error}"
             continue
         if outcome.loss is None:

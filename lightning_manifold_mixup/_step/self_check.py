@@ -1,4 +1,4 @@
-"""Two oracles: the user's own training step tells whether it is mixed rightly, whatever mixes it.
+"""Two oracles, which find out by the user's own training step whether it is mixed correctly.
 
 - **swap** (eval mode): when the state at layer k and the targets are permuted alike, the loss must stay as it is. Else
   something reaches the loss past layer k and the targets: a second label, a teacher, samples sorted inside forward.
@@ -85,12 +85,12 @@ class _Comparison:
 
 
 def _accuracy(precision: float, many: float, few: float) -> float:
-    """What rounding may add up to: where numbers are coarse, little of it, or nothing would show."""
+    """Return what rounding may add up to: where numbers are coarse, little of it, or nothing would show."""
     return precision * (many if precision < 1e-5 else few)
 
 
 def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome | None, train: bool) -> Finding:
-    """The swap oracle at one layer.
+    """Ask the swap oracle about one layer.
 
     Args:
         trials: the step.
@@ -123,7 +123,7 @@ def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Ou
 
 
 def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
-    """The pair oracle at one layer.
+    """Ask the pair oracle about one layer.
 
     Args:
         trials: the step.
@@ -155,11 +155,11 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
         try:
             with reads.watch():
                 got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
-            if len(trials.unfit) > unfit:  # modules that are no criteria have been taken for some
+            if len(trials.unfit) > unfit:  # a module was taken for a criterion and is none
                 reads = Reads(answers)
                 with reads.watch():
                     got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
-        except Exception as error:  # whatever the user's code makes of tensors that it was not written for
+        except Exception as error:  # any error of user code that was not written for such tensors
             return Finding(Verdict.FAILED, _first_line(error)), lines
         lines |= reads.lines
         if got.inspected:
@@ -171,7 +171,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
                 return Finding(Verdict.UNDECIDED, "the step gives another loss when it runs again"), lines
         if finding.verdict is Verdict.FAILED and answers != (0,):
             return Finding(Verdict.FAILED, "Python code reads a value that depends on the labels, and uses it"), lines
-        if reads.returned:  # its effect may not show in this batch, as where a class is missing
+        if reads.returned:  # its effect may not show in this batch, if a class is missing
             return Finding(Verdict.FAILED, "tensors are made of labels that Python code or NumPy has read"), lines
         if finding.verdict is not Verdict.PASSED or not reads.asked:
             return finding, lines

@@ -1,4 +1,4 @@
-"""What stands in the place of ``training_step`` during a fit."""
+"""The object that replaces ``training_step`` during a fit."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class StandIn:
         self._own: Any = own.get("training_step")  # Lightning puts a compiled step there
         self._original = self._inner = fit.module.training_step
         self._running = False
-        # Lightning reads the signature at each step; this spares it from doing so by `inspect`.
+        # Lightning reads the signature at each step; this spares it from doing so by ``inspect``.
         self.__wrapped__ = _Signature(self._original)
         own["training_step"] = self
 
     def enter(self) -> None:
-        """Takes the place again if somebody else has put another step there since."""
+        """Take the place again if somebody else has put another step there since."""
         current = vars(self._fit.module).get("training_step")
         if current is not self:
             self._inner = self._fit.module.training_step
             vars(self._fit.module)["training_step"] = self
 
     def leave(self) -> None:
-        """Gives the place back."""
+        """Give the place back."""
         own = vars(self._fit.module)
         if own.get("training_step") is self:
             if self._own is None:
@@ -41,7 +41,7 @@ class StandIn:
                 own["training_step"] = self._own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._running:  # somebody's wrapper around this one, or a step that calls itself: mixed already
+        if self._running:  # a wrapper around this one, or a step that calls itself: mixed already
             return self._original(*args, **kwargs)
         self._running = True
         try:
@@ -69,4 +69,4 @@ class _Signature:
         self.__code__ = getattr(unbound, "__code__", None)  # by which Lightning tells what is overridden
 
     def __call__(self) -> None:
-        """Never called: :mod:`inspect` asks for a callable."""
+        """Do nothing: ``inspect`` asks for a callable."""

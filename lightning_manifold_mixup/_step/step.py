@@ -56,7 +56,7 @@ class Site:
     target_modules: tuple[str, ...] = ()
 
     def hook(self, module: nn.Module, mixes: tuple[Mix, ...], stack: ExitStack, in_eval: bool = False) -> MixingHook:
-        """Hooks a ghost, which then mixes at this site for good, or until ``stack`` is closed."""
+        """Register hooks on a ghost, which then mixes at this site until ``stack`` is closed."""
         hook = MixingHook(self.batch_dim, self.dims.get(self.layer))
         hook.in_eval = in_eval
         hook.arm(mixes)
@@ -79,7 +79,7 @@ class Site:
         how: How,
         superposition: Superposition | None = None,
     ) -> Any:
-        """The batch that a training step is handed; the batch itself stays as it is.
+        """Return the batch that a training step is handed; the batch itself stays as it is.
 
         Args:
             batch: as the data loader gave it.
@@ -163,7 +163,7 @@ def _unmixable(value: Any, key: Any, error: MixingError) -> Exception:
 
 
 def union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
-    """What is seen of a sample or of its partner; ``padding`` says that the masks tell what is not seen."""
+    """Return what is seen of a sample or of its partner; ``padding`` says that the masks tell what is not seen."""
     if mask.dtype == torch.bool:
         return mask & of_partners if padding else mask | of_partners
     return torch.minimum(mask, of_partners) if padding else torch.maximum(mask, of_partners)
@@ -196,7 +196,7 @@ class Step:
         self.hooks: list[MixingHook] = []  # of the module, or of the ghosts that are mixed in its place or beside it
 
     def once(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
-        """One pass, with the labels in superposition. An LBFGS closure comes here several times, mixed the same."""
+        """Run one pass, with the labels in superposition. An LBFGS closure does so several times, mixed the same."""
         hook = hook or self.hook
         if hook is not None:
             hook.arm(self.mixes)
@@ -217,7 +217,7 @@ class Step:
             superposition.close()
 
     def twice(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
-        """Two passes, one for each labelling: the module sees the dominant labels, a ghost of it the others."""
+        """Run two passes, one for each labelling: the module sees the dominant labels, a ghost of it the others."""
         hook = hook or self.hook
         if not self.module.automatic_optimization:
             raise MixingError(
@@ -277,7 +277,7 @@ class Step:
         return output
 
     def beside_clean(self, training_step: Callable[..., Any], call: Call, weight: float, passes: int) -> Any:
-        """RegMixup (Pinto et al. 2022): the loss of the mixed batch on a ghost, plus ``weight`` times the clean one."""
+        """Run the mixed batch on a ghost, and add ``weight`` times the clean loss (RegMixup, Pinto et al. 2022)."""
         ghost, mixed_call = ghost_of(self.module, self.written), call.on(batch_of_ghosts(call.batch))
         states = random_states(self.module.parameters())
         clean = call.of(training_step, call.batch)
@@ -297,7 +297,7 @@ class Step:
     # ---------------------------------------------------------------------------------------------------------- checks
 
     def _check(self, output: Any, hook: MixingHook | None, superposition: Superposition | None, batch: Any) -> None:
-        """Whether the promise was kept: the state mixed at layer k, and a loss that used the mixed target."""
+        """Check that the state was mixed at layer k, and that a loss has used the mixed target."""
         if loss_of(output) is None and self.module.automatic_optimization:  # the user skips this batch
             return
         if self.site.layer != INPUT and hook is not None and not hook.calls:
@@ -308,10 +308,10 @@ class Step:
             raise self.unused_target(batch)
 
     def check_halves(self) -> None:
-        """Before a backward pass or an optimizer step of the user's own: no mixed labels on states that are not mixed.
+        """Check, before a backward pass or an optimizer step of the user's own, that states are mixed if labels are.
 
         Raises:
-            MixingError: if only one half of the promise was kept so far.
+            MixingError: if only one of them is mixed so far.
         """
         if self.superposition.used and self.site.layer != INPUT and self.hooks and not self.hooks[0].calls:
             raise self.unmixed()
@@ -323,12 +323,12 @@ class Step:
 
     @property
     def where(self) -> str:
-        """For messages: which step this is."""
+        """Name the step, for messages."""
         trainer = self.module.trainer
         return f"Manifold Mixup, epoch {trainer.current_epoch}, step {trainer.global_step}, layer {self.site.layer!r}:"
 
     def unused_target(self, batch: Any) -> MixingError:
-        """The error for a batch whose mixed target no loss has used."""
+        """Return the error for a batch whose mixed target no loss has used."""
         return MixingError(
             f"{self.where} the target was mixed, but no loss with a gradient used it: the loss takes its labels from "
             f"elsewhere. Set `target_key` (now {_quoted(self.site.places.targets)}) to the key of the labels, or to a "
@@ -336,7 +336,7 @@ class Step:
         )
 
     def unmixed(self) -> MixingError:
-        """The error for a batch whose state has not been mixed."""
+        """Return the error for a batch whose state has not been mixed."""
         return MixingError(
             f"{self.where} expected the output of this layer to be mixed in training_step, but it was not: the layer "
             "was not called, or only under torch.no_grad() or in eval mode. Take it out of `layers`, or call "

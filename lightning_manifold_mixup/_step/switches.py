@@ -17,7 +17,7 @@ _input_mixed = 0
 
 @contextmanager
 def mixing_opened() -> Iterator[None]:
-    """What ``with mixing(...)`` opens for :func:`mixing_is_open`."""
+    """Tell ``mixing_is_open`` that a ``with mixing(...)`` is open."""
     global _mixing
     _mixing += 1
     try:
@@ -38,7 +38,7 @@ def mixing_is_open() -> bool:
 
 @contextmanager
 def unmixed() -> Iterator[None]:
-    """Mixes nothing while it is open: a clean forward pass, with gradients, inside a step whose batch is mixed.
+    """Mix nothing while it is open: a clean forward pass, with gradients, inside a step whose batch is mixed.
 
     It stops the mixing of hidden states. The labels of the step stay mixed (``y.labels`` are the original ones), and so
     does an input that was mixed. Keep it open during ``backward()`` if layers of the clean pass are recomputed there
@@ -86,7 +86,7 @@ nothing: AbstractContextManager[None] = nullcontext()
 
 
 def raise_input_is_mixed() -> None:
-    """Says so."""
+    """Raise the error for ``unmixed`` in a step whose input is mixed."""
     from lightning_manifold_mixup._step.targets import MixingError
 
     raise MixingError(

@@ -2,13 +2,13 @@
 
 Manifold Mixup takes the loss against ``lam * y + (1 - lam) * y[partners]`` (section 2, step 4). For class indices that
 sum is taken where it is exact for every loss, at the loss itself: ``lam * L(y) + (1 - lam) * L(y[partners])``. A
-:class:`MixedTarget` is therefore a tensor with two *labellings*, those of the samples and those of their partners. The
+``MixedTarget`` is therefore a tensor with two *labellings*, those of the samples and those of their partners. The
 one with the larger weight is called the *dominant* one. Whatever is computed from a MixedTarget is computed for both
 labellings, and so is all that follows from it; nothing is averaged before the value leaves the training step. That
 keeps class weights, ``ignore_index``, focal terms, masks and products of label-dependent terms exact alike.
 
 ``operations.py`` has the rules by which torch functions are evaluated. What they cannot follow (numpy, writes into
-other tensors, Python code that branches on labels) raises :class:`MixingError`, or is found by ``self_check.py``; the
+other tensors, Python code that branches on labels) raises ``MixingError``, or is found by ``self_check.py``; the
 training step then runs once for each labelling instead (``step.py``).
 """
 
@@ -55,7 +55,7 @@ class Superposition:
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
         inspected: whether the code knows of the superposition: it has asked for one of the labellings.
-        open: until :meth:`close`; from then on its tensors are ordinary ones.
+        open: until ``close``; from then on its tensors are ordinary ones.
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
         forgiving: whether the step goes on with the dominant labels alone where superposition cannot go on.
         failure: why it did so.
@@ -78,7 +78,7 @@ class Superposition:
         self._alive: list[weakref.ref[Tensor]] = []
 
     def to(self, device: torch.device) -> Self:
-        """The same, with lam on the device; the copy does not wait for the device."""
+        """Return the same, with lam on the device; the copy does not wait for the device."""
         if self.lam.device != device and device.type != "cpu":
             self.lam = sent(self.lam, device)
             self.swapped = sent(self.swapped, device) if isinstance(self.swapped, Tensor) else self.swapped
@@ -101,7 +101,7 @@ class Superposition:
         return self._reduced
 
     def ordered(self, labels: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
-        """The dominant labels and the others."""
+        """Return the dominant labels and the others."""
         if isinstance(self.swapped, bool):
             return (partners, labels) if self.swapped else (labels, partners)
         swapped = self.swapped.reshape(self.swapped.shape + (1,) * (labels.ndim - self.swapped.ndim))
@@ -113,7 +113,7 @@ class Superposition:
         return self.hold(*self.ordered(labels, partners), steady=True, averaged=False)  # type: ignore[no-any-return]
 
     def hold(self, first: Tensor, second: Tensor, steady: bool, averaged: bool, tensor: Any = None) -> Any:
-        """A value under both labellings; in a plain ``tensor``, because labels are written into it, or a new one."""
+        """Hold a value under both labellings in a new tensor, or in a plain one that labels are written into."""
         dtype, apart = first.dtype, tensor is not None
         kind = MixedValue if dtype.is_floating_point or dtype.is_complex else MixedTarget
         if apart:
@@ -127,7 +127,7 @@ class Superposition:
         return tensor
 
     def mean(self, first: Tensor, second: Tensor) -> Tensor:
-        """The mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
+        """Return the mixed value, computed in the wider of their dtype and the weight's, returned in theirs."""
         number = self.number
         wide = first.dtype == second.dtype and first.dtype in _WIDE
         if number is not None and wide and not torch.compiler.is_compiling():
@@ -150,7 +150,7 @@ class Superposition:
         return (one * first.to(dtype) + other * second.to(dtype)).to(first.dtype)
 
     def give_up(self, error: SuperpositionError) -> None:
-        """Ends the superposition within the step: what was in it is plain and of the dominant labels.
+        """End the superposition within the step: what was in it is plain and of the dominant labels.
 
         Raises:
             SuperpositionError: ``error``, unless the superposition is forgiving.
@@ -161,7 +161,7 @@ class Superposition:
         self.close(dominant=True)
 
     def close(self, dominant: bool = False) -> None:
-        """Ends the superposition: tensors that somebody has kept are plain from now on.
+        """End the superposition: tensors that somebody has kept are plain from now on.
 
         They hold the value shown; what was there before, and was written into, holds the dominant value, as after one
         ordinary step.
@@ -278,7 +278,7 @@ class MixedTarget(_Superposed):
     """
 
     def __new__(cls, labels: Tensor, partners: Tensor, lam: Tensor) -> Self:
-        """Puts the two labellings into superposition."""
+        """Put the two labellings into superposition."""
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(
                 f"MixedTarget holds class indices, integer or bool; got {labels.dtype}. A float target needs no "
@@ -291,7 +291,7 @@ class MixedTarget(_Superposed):
 
 
 class MixedValue(_Superposed):
-    """A floating point value that depends on a :class:`MixedTarget`: a loss, a weight looked up by label, a soft mask.
+    """A floating point value that depends on a ``MixedTarget``: a loss, a weight looked up by label, a soft mask.
 
     It holds the value under each labelling, so that what is computed from it stays exact. ``backward()``, ``item()``
     and loggers see the mixed value ``lam * value(y) + (1 - lam) * value(y[partners])`` of a loss.
@@ -299,7 +299,7 @@ class MixedValue(_Superposed):
 
 
 def plain(tree: Any) -> Any:
-    """The structure with plain tensors: of losses the mixed value, of labels and metrics the dominant one."""
+    """Return the structure with plain tensors: of losses the mixed value, of labels and metrics the dominant one."""
     if type(tree) is Tensor:
         return tree
     with torch._C.DisableTorchFunctionSubclass():
@@ -317,7 +317,7 @@ def _shown(value: Tensor) -> Tensor:
 
 
 def superpositions(tree: Any) -> list[Superposition]:
-    """The open superpositions of the tensors anywhere in a structure, one for each draw."""
+    """Return the open superpositions of the tensors anywhere in a structure, one for each draw."""
     found: dict[int, Superposition] = {}
 
     def note(tensor: _Superposed) -> None:
@@ -329,7 +329,7 @@ def superpositions(tree: Any) -> list[Superposition]:
 
 
 def labelling(tree: Any, dominant: bool) -> Any:
-    """The structure under one labelling, the dominant one or the other, as plain tensors."""
+    """Return the structure under one labelling, the dominant one or the other, as plain tensors."""
 
     def pick(value: _Superposed) -> Tensor:
         return value._first if dominant or not value._superposition.open else value._second
