@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.call import Call
-from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated
+from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated, out_of_reach
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import Superposition, labelling
 from lightning_manifold_mixup._step.usage import LabelUse
@@ -63,6 +63,7 @@ def watch(
         if training_step is None:
             root, batch = ghost_of(module), batch_of_ghosts(batch)
             writes = stack.enter_context(isolated(module))
+            stack.enter_context(out_of_reach(module))
             training_step = root.training_step
         targets = {
             f"{key}/{number}": (key, leaf)

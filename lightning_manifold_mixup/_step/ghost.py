@@ -167,9 +167,6 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
 
     Parameters, their gradients and flags, and random numbers are as they were afterwards; nothing is printed, and
     ``breakpoint()`` does not stop. Tells which parameters were written into.
-
-    Raises:
-        NoGhostError: if a part of ``module`` itself is called, which the step has reached past the ghost.
     """
     parameters = list(module.parameters())
     before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
@@ -185,7 +182,6 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if compiled_parts(module):
                 stack.enter_context(eager())
-            stack.callback(register_module_forward_pre_hook(_refuse_parts_of(module)).remove)
             yield stack.enter_context(Writes(parameters))
     finally:
         sys.breakpointhook = hook
@@ -196,7 +192,13 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
         set_random_states(states)
 
 
-def _refuse_parts_of(module: nn.Module) -> Callable[..., None]:
+@contextmanager
+def out_of_reach(module: nn.Module) -> Iterator[None]:
+    """Refuse calls of the parts of ``module`` itself while its step runs on a ghost.
+
+    Raises:
+        NoGhostError: at such a call: the step has reached the module past the ghost.
+    """
     names = {id(part): name or type(module).__name__ for name, part in module.named_modules()}
 
     def refuse(part: nn.Module, args: Any) -> None:
@@ -206,7 +208,11 @@ def _refuse_parts_of(module: nn.Module) -> Callable[..., None]:
                 f"{type(module).__name__} does not know of"
             )
 
-    return refuse
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def random_states(parameters: Any) -> tuple[Any, ...]:

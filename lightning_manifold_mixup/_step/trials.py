@@ -16,7 +16,14 @@ from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.devices import float64
-from lightning_manifold_mixup._step.ghost import Backwards, batch_of_ghosts, ghost_of, isolated, random_states
+from lightning_manifold_mixup._step.ghost import (
+    Backwards,
+    batch_of_ghosts,
+    ghost_of,
+    isolated,
+    out_of_reach,
+    random_states,
+)
 from lightning_manifold_mixup._step.pairs import tensors
 from lightning_manifold_mixup._step.step import How, Site
 from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
@@ -111,6 +118,7 @@ class Trials:
             ghost.eval()
         with ExitStack() as stack:
             writes = stack.enter_context(isolated(self.module))
+            stack.enter_context(out_of_reach(self.module))
             if not train:
                 stack.enter_context(torch.autocast(self._device, enabled=False))
             if seed is not None:
