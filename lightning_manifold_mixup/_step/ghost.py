@@ -162,11 +162,15 @@ class Backwards(TorchFunctionMode):
 
 
 @contextmanager
-def isolated(module: nn.Module) -> Iterator[Writes]:
+def isolated(module: nn.Module, on_ghost: bool = True) -> Iterator[Writes]:
     """Keep what runs inside, on a ghost of ``module``, from leaving a trace outside of the ghost.
 
     Parameters, their gradients and flags, and random numbers are as they were afterwards; nothing is printed, and
     ``breakpoint()`` does not stop. Tells which parameters were written into.
+
+    Args:
+        module: the original.
+        on_ghost: whether it is a ghost that runs, rather than the module itself.
 
     Raises:
         NoGhostError: if a part of ``module`` itself is called, which the step has reached past the ghost.
@@ -185,7 +189,8 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if compiled_parts(module):
                 stack.enter_context(eager())
-            stack.callback(register_module_forward_pre_hook(_refuse_parts_of(module)).remove)
+            if on_ghost:
+                stack.callback(register_module_forward_pre_hook(_refuse_parts_of(module)).remove)
             yield stack.enter_context(Writes(parameters))
     finally:
         sys.breakpointhook = hook

@@ -211,7 +211,7 @@ def eligible_layers(
         >>> print(report.refusal("4"))
         '4' gives the final output: no weights follow it. Valid before it: '3'.
     """
-    with isolated(model), torch.enable_grad():
+    with isolated(model, on_ghost=not has_forward(model)), torch.enable_grad():
         if not has_forward(model):
             return _of_training_step(ghost_of(model), batch_of_ghosts(inputs[0]), batch_size, batch_dim)
         if batch_size is None and len(inputs) == 1:
