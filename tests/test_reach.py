@@ -121,7 +121,7 @@ def test_float64_is_asked_of_devices_that_have_it():
 @pytest.mark.parametrize("permutation", [True, False])
 def test_other_devices_mix_by_operations_that_all_of_them_have(lam, permutation, monkeypatch):
     """A device that is neither a CPU nor CUDA, as Apple's: no row by row, no kernel, and the same shape of graph."""
-    monkeypatch.setattr(interpolation, "_on_cpu", None)
+    monkeypatch.setattr(interpolation, "_row_by_row", None)
     monkeypatch.setattr(interpolation, "_kernel", None)
     h = torch.empty(4, 3, device="meta", requires_grad=True)
     mixed = interpolation.interpolate_with_gradient(h, lam.to("meta"), torch.arange(4, device="meta"), 0, permutation)

@@ -20,3 +20,7 @@ The words of this package:
 - *oracle*: a test on ghosts that tells whether a training step is mixed correctly (``self_check.py``).
 - *armed*: a hook that holds a draw is armed and mixes; without one it lets states through (``hooks.py``).
 """
+
+from lightning_manifold_mixup._step.extras import require
+
+require("lightning")  # also where `pytorch_lightning` is used, whose classes are others
