@@ -124,7 +124,8 @@ def test_other_devices_mix_by_operations_that_all_of_them_have(lam, permutation,
     monkeypatch.setattr(interpolation, "_row_by_row", None)
     monkeypatch.setattr(interpolation, "_kernel", None)
     h = torch.empty(4, 3, device="meta", requires_grad=True)
-    mixed = interpolation.interpolate_with_gradient(h, lam.to("meta"), torch.arange(4, device="meta"), 0, permutation)
+    how = (lam.to("meta"), torch.arange(4, device="meta"), 0, False, permutation)
+    mixed = interpolation.Interpolate.apply(h, how)
     mixed.sum().backward()
     assert mixed.shape == h.grad.shape == (4, 3)
     assert mixed.device == h.grad.device == h.device
