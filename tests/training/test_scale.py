@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_manifold_mixup.cli.training import Prepared
 from tests.scale import ACCUMULATE, SIZES, batches_of, data, network
@@ -105,6 +106,7 @@ CLUSTERS = {
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_recipe_of_a_cluster(name, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)  # a Trainer sets it: later tests would be silent
     for variable, value in CLUSTERS[name].items():
         monkeypatch.setenv(variable, str(value))
     cli = Prepared(["--config", "digits", "--config", name, "--trainer.accelerator=cpu"], run=False)
