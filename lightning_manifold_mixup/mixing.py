@@ -31,7 +31,7 @@ from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.dims import sample_dim
 from lightning_manifold_mixup._step.draw_check import check_draw, number_of
 from lightning_manifold_mixup._step.hooks import MixingHook
-from lightning_manifold_mixup._step.interpolation import Interpolate, interpolate, is_small
+from lightning_manifold_mixup._step.interpolation import differentiable, interpolate
 from lightning_manifold_mixup._step.switches import mixing_opened
 from lightning_manifold_mixup._step.switches import unmixed as unmixed
 from lightning_manifold_mixup._step.targets import MixedTarget, MixingError
@@ -116,9 +116,7 @@ class Mix(_Known):
         # A compiler differentiates plain operations itself; torch 2.11 makes the gradient of the Function below zero.
         if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
             return interpolate(h, self.lam, self.partners, dim, permutation=self._permutation)  # type: ignore[return-value]
-        if self._number is not None and is_small(h):
-            return torch.lerp(h.index_select(dim, self.partners), h, self._number)  # type: ignore[return-value]
-        return Interpolate.apply(h, (self.lam, self.partners, dim, False, self._permutation))  # type: ignore[no-any-return]
+        return differentiable(h, self.lam, self.partners, dim, self._permutation, self._number)  # type: ignore[return-value]
 
     def target(self, y: T) -> T:
         """Return the labels of the mixed samples (section 2, step 3).

@@ -124,8 +124,8 @@ def test_other_devices_mix_by_operations_that_all_of_them_have(lam, permutation,
     monkeypatch.setattr(interpolation, "_row_by_row", None)
     monkeypatch.setattr(interpolation, "_kernel", None)
     h = torch.empty(4, 3, device="meta", requires_grad=True)
-    how = (lam.to("meta"), torch.arange(4, device="meta"), 0, False, permutation)
-    mixed = interpolation.Interpolate.apply(h, how)
+    partners = torch.arange(4, device="meta")
+    mixed = interpolation.differentiable(h, lam.to("meta"), partners, 0, permutation, None)
     mixed.sum().backward()
     assert mixed.shape == h.grad.shape == (4, 3)
     assert mixed.device == h.grad.device == h.device

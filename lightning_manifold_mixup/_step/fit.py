@@ -224,7 +224,7 @@ class Fit:
     def _eager(self, step: Step, call: Call) -> Eager | None:
         """Run the eager step to compare the compiled one with; None if the oracles were not asked about the batch."""
         plain = not (step.superposition.lam.ndim or self.options.clean_weight or self._settled is None)
-        if not plain or not self.module.automatic_optimization or not compiled_parts(self.module):
+        if not plain or not self.module.automatic_optimization or not self._compiled:
             return None
         if not self.proof.enabled or self._compared >= self._mixed:  # an LBFGS closure runs several times for a batch
             return None

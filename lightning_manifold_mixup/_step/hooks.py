@@ -12,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from lightning_manifold_mixup._step.interpolation import Interpolate, is_small
+from lightning_manifold_mixup._step.interpolation import differentiable
 from lightning_manifold_mixup._step.modes import nodes_made
 from lightning_manifold_mixup._step.switches import is_unmixed
 
@@ -66,14 +66,11 @@ class MixingHook:
             return self._mixed(module, mix, output)
         # As a rule: one tensor. Its way is the shortest, since with small states the time goes into Python.
         dim = self.dims[0] if self.dims and type(output) is Tensor and output.requires_grad else None
-        if dim is not None and output.ndim > dim and output.shape[dim] == mix.partners.shape[0]:
-            if mix._number is not None and is_small(output):
-                self.nodes += 2
-                return torch.lerp(output.index_select(dim, mix.partners), output, mix._number)
-            self.nodes += 1
-            return Interpolate.apply(output, (mix.lam, mix.partners, dim, False, mix._permutation))
         before = nodes_made()
-        mixed = self._mixed(module, mix, output)
+        if dim is not None and output.ndim > dim and output.shape[dim] == mix.partners.shape[0]:
+            mixed = differentiable(output, mix.lam, mix.partners, dim, mix._permutation, mix._number)
+        else:
+            mixed = self._mixed(module, mix, output)
         self.nodes += nodes_made() - before
         return mixed
 
