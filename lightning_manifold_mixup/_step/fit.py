@@ -294,7 +294,7 @@ class Fit:
             plan.layers = dict.fromkeys(names, 1.0)
             if INPUT in names and self.step is not None:
                 self.step.site.places.require_inputs()
-            _announce_default(names)
+            _announce_default(names, report)
             self._hook_layers(plan.layers)
         elif refusals := [refusal for name in plan.layers if (refusal := report.refusal(name))]:
             raise MisconfigurationException("\n".join(refusals))
@@ -338,9 +338,13 @@ class Fit:
             CriterionHooks().register(named[name], self._criteria)
 
 
-def _announce_default(layers: Sequence[str]) -> None:
+def _announce_default(layers: Sequence[str], report: LayerReport) -> None:
     why = "`manifold-mixup layers` and `print(eligible_layers(model, x))` show why"
     if not layers:
-        raise MisconfigurationException(f"layers='auto' found no place where the whole state can be mixed; {why}.")
+        called = [(row.order or 0, row.name) for row in report.rows if row.shapes and row.name != INPUT]
+        example = f" For example: {report.refusal(min(called)[1])}" if called else ""
+        raise MisconfigurationException(
+            f"layers='auto' found no place where the whole state can be mixed; {why} of each layer.{example}"
+        )
     if list(layers) == [INPUT]:
         rank_zero_warn(f"layers='auto' found no eligible layer but the input, so this is input mixup; {why}.")

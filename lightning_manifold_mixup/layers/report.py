@@ -239,14 +239,20 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
                 " of a graph, say), so each row would meet rows of others in place of its own neighbours"
             )
         case _:
-            dims, time_major = "and none of its first two dimensions has", ""
-            if report.batch_dim is None and any(shape[:1] == (report.batch_size,) for shape in row.shapes):
-                time_major = "; if these are the time steps of (time, samples), set batch_dim=1"
+            dims, advice = "and none of its first two dimensions has", ""
+            firsts = [shape[0] for shape in row.shapes if shape and report.batch_dim in (None, 0)]
+            if report.batch_dim is None and report.batch_size in firsts:
+                advice = "; if these are the time steps of (time, samples), set batch_dim=1"
+            elif firsts and all(first % report.batch_size == 0 for first in firsts):
+                advice = (
+                    f". It has {firsts[0] // report.batch_size} rows for each sample (choices, views or crops that were"
+                    " put into one batch): mix where there is one"
+                )
             if report.batch_dim is not None:
                 dims = f"whose dimension batch_dim={report.batch_dim} has not"
             return (
                 f"{name} has no batch dimension: its output has shape {_shapes(row)}, {dims} the number of samples,"
-                f" {report.batch_size} (the rows of the targets){time_major}"
+                f" {report.batch_size} (the rows of the targets){advice}"
             )
 
 

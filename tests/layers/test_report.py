@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lightning_manifold_mixup.layers import LayerReport, eligible_layers, observe
@@ -217,3 +218,15 @@ def test_no_layer_at_all():
     report = eligible_layers(nn.Embedding(5, 4), torch.randint(5, (3, 2)))
     assert report.default == []
     assert report.eligible == []
+
+
+def test_rows_that_are_several_for_each_sample_are_counted():
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    report = eligible_layers(transformers.BertForMultipleChoice(config), torch.randint(50, (4, 3, 7)))
+    refusal = report.refusal("bert.encoder.layer.0")
+    assert refusal is not None
+    assert "shape (12, 7, 16)" in refusal
+    assert "number of samples, 4" in refusal
+    assert "It has 3 rows for each sample" in refusal
