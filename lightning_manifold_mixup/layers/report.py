@@ -243,7 +243,7 @@ def _cause(row: LayerRow, report: LayerReport) -> str:
             firsts = [shape[0] for shape in row.shapes if shape and report.batch_dim in (None, 0)]
             if report.batch_dim is None and report.batch_size in firsts:
                 advice = "; if these are the time steps of (time, samples), set batch_dim=1"
-            elif firsts and all(first % report.batch_size == 0 for first in firsts):
+            elif report.batch_size and firsts and all(first % report.batch_size == 0 for first in firsts):
                 advice = (
                     f". It has {firsts[0] // report.batch_size} rows for each sample (choices, views or crops that were"
                     " put into one batch): mix where there is one"
