@@ -3,7 +3,7 @@
 from lightning_manifold_mixup._step.drawing import AlphaSchedule as AlphaSchedule
 from lightning_manifold_mixup._step.drawing import DrawContext as DrawContext
 from lightning_manifold_mixup._step.mixed_loss import mixed_loss as mixed_loss
-from lightning_manifold_mixup._step.targets import MixedTarget as MixedTarget
+from lightning_manifold_mixup._step.mixed_target import MixedTarget as MixedTarget
 from lightning_manifold_mixup._step.targets import MixingError as MixingError
 from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
 from lightning_manifold_mixup.layers import eligible_layers as eligible_layers

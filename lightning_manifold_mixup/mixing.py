@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.batch import tensors
 from lightning_manifold_mixup._step.devices import sent
-from lightning_manifold_mixup._step.dims import sample_dim
+from lightning_manifold_mixup._step.dims import batch_dims, is_state, wrong_shape
 from lightning_manifold_mixup._step.draw_check import check_draw, number_of
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import differentiable, interpolate
+from lightning_manifold_mixup._step.mixed_target import MixedTarget
 from lightning_manifold_mixup._step.switches import mixing_opened
 from lightning_manifold_mixup._step.switches import unmixed as unmixed
-from lightning_manifold_mixup._step.targets import MixedTarget, MixingError
+from lightning_manifold_mixup._step.targets import MixingError
 
 T = TypeVar("T")
 
@@ -101,18 +102,18 @@ class Mix(_Known):
             MixingError: if a tensor has no batch dimension of size n, or nothing in ``h`` can be mixed.
         """
         n = self.partners.shape[0]
-        if batch_dim is None and isinstance(h, Tensor) and _is_state(h) and h.shape[0] == n:  # as a rule
+        if batch_dim is None and isinstance(h, Tensor) and is_state(h) and h.shape[0] == n:  # as a rule
             dims: Sequence[int | None] = (0,)
         else:
             dims = batch_dims(h, n, batch_dim) if batch_dim is None or isinstance(batch_dim, int) else batch_dim
         if not isinstance(h, Tensor):
             rest = iter(dims)
-            return apply_to_collection(h, Tensor, lambda t: self(t, [next(rest)]) if _is_state(t) else t)  # type: ignore[no-any-return]
-        dim = dims[0] if _is_state(h) else None
+            return apply_to_collection(h, Tensor, lambda t: self(t, [next(rest)]) if is_state(t) else t)  # type: ignore[no-any-return]
+        dim = dims[0] if is_state(h) else None
         if dim is None:
             return h
         if h.shape[dim] != n:
-            raise MixingError(_wrong_shape(h, n, f"in dimension {dim}"))
+            raise MixingError(wrong_shape(h, n, f"in dimension {dim}"))
         # A compiler differentiates plain operations itself; torch 2.11 makes the gradient of the Function below zero.
         if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
             return interpolate(h, self.lam, self.partners, dim, permutation=self._permutation)  # type: ignore[return-value]
@@ -178,55 +179,6 @@ class Draw:
 
     layer: str
     mix: Mix
-
-
-def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
-    """Find the dimension of the samples in each floating point tensor of ``h``; ``_step/dims.py`` has the rule.
-
-    Args:
-        h: a hidden state; see ``Mix.__call__``.
-        n: number of samples.
-        batch_dim: None takes dimension 0, or dimension 1 of a tensor with three dimensions or more where dimension 0
-            has another size (sequences of time-major networks, the states of an LSTM).
-
-    Raises:
-        MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in
-            dimension 0, are not taken for a time-major sequence.
-
-    Example:
-        >>> batch_dims((torch.zeros(4, 9), torch.zeros(7, 4, 9)), n=4)
-        [0, 1]
-    """
-    dims: list[int] = []
-
-    def find(tensor: Tensor) -> None:
-        if not _is_state(tensor):
-            return
-        dim = sample_dim(tensor.shape, n, batch_dim)
-        if dim is None:
-            where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
-            raise MixingError(_wrong_shape(tensor, n, where))
-        dims.append(dim)
-
-    if isinstance(h, Tensor):
-        find(h)
-    else:
-        apply_to_collection(h, Tensor, find)
-    if not dims:
-        what = f"a {h.dtype} tensor of shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-        raise MixingError(f"Expected a hidden state with floating point tensors to mix, got {what}.")
-    return dims
-
-
-def _is_state(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim > 0
-
-
-def _wrong_shape(tensor: Tensor, n: int, where: str) -> str:
-    return (
-        f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch passes "
-        "once, or set `batch_dim` to the dimension that counts the samples."
-    )
 
 
 def draw_mix(

@@ -5,7 +5,8 @@
 - The draw: ``drawing.py``, ``randomness.py``.
 - The arithmetic: ``interpolation.py``, ``kernels.py``, ``dims.py`` (the dimension of the samples).
 - What is in a batch: ``batch.py``, ``keys.py`` and ``places.py``, ``finding.py`` and ``names.py``, ``usage.py``.
-- Labels: ``targets.py``, ``operations.py``, ``pairs.py``, ``mixed_loss.py``, ``criteria.py``, ``reads.py``.
+- Labels: ``targets.py``, ``mixed_target.py``, ``operations.py``, ``pairs.py``, ``mixed_loss.py``, ``criteria.py``,
+  ``reads.py``.
 - The self-check: ``proof.py`` (when), ``self_check.py`` (what), ``trials.py``, ``ghost.py``, ``rebinding.py``,
   ``writes.py``, ``padding.py``, ``diagnosis.py``, ``first_batch.py``; ``compiled.py`` and ``compiled_check.py`` under
   torch.compile.

@@ -19,9 +19,9 @@ from torchmetrics import Metric, MetricCollection
 from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.pairs import note_use, paired, tensors
 from lightning_manifold_mixup._step.targets import (
+    Superposed,
     Superposition,
     SuperpositionError,
-    _Superposed,
     labelling,
     plain,
     superpositions,
@@ -149,7 +149,7 @@ def plain_metrics(module: nn.Module, stack: ExitStack) -> None:
         own = vars(metric)
 
         def plain_update(*args: Any, _update: Any = metric.update, **kwargs: Any) -> None:
-            fed[:] = [a._superposition for a in (*args, *kwargs.values()) if isinstance(a, _Superposed)]
+            fed[:] = [a.superposition for a in (*args, *kwargs.values()) if isinstance(a, Superposed)]
             _update(*plain(args), **plain(kwargs))
 
         def read_compute(*args: Any, _compute: Any = metric.compute, **kwargs: Any) -> Any:

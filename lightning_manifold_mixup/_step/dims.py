@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
-from torch import nn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_manifold_mixup._step.targets import MixingError
 
 
 def sample_dim(shape: Sequence[int], n: int, batch_dim: int | None = None, rows: Collection[int] = ()) -> int | None:
@@ -62,3 +66,55 @@ def sample_dims(
         given = [0 if module.batch_first else 1, *[1] * (len(shapes) - 1)]
         return tuple(sample_dim(shape, n, dim) for shape, dim in zip(shapes, given, strict=True))
     return tuple(sample_dim(shape, n, batch_dim, rows) for shape in shapes)
+
+
+def batch_dims(h: Any, n: int, batch_dim: int | None = None) -> list[int]:
+    """Find the dimension of the samples in each floating point tensor of ``h``; ``sample_dim`` has the rule.
+
+    Args:
+        h: a hidden state; see ``Mix.__call__``.
+        n: number of samples.
+        batch_dim: None takes dimension 0, or dimension 1 of a tensor with three dimensions or more where dimension 0
+            has another size (sequences of time-major networks, the states of an LSTM).
+
+    Raises:
+        MixingError: if a tensor has no such dimension. Several views of the batch in one tensor, 2n samples in
+            dimension 0, are not taken for a time-major sequence.
+
+    Example:
+        >>> import torch
+        >>> batch_dims((torch.zeros(4, 9), torch.zeros(7, 4, 9)), n=4)
+        [0, 1]
+    """
+    dims: list[int] = []
+
+    def find(tensor: Tensor) -> None:
+        if not is_state(tensor):
+            return
+        dim = sample_dim(tensor.shape, n, batch_dim)
+        if dim is None:
+            where = "in dimension 0 or 1" if batch_dim is None else f"in dimension {batch_dim} (`batch_dim`)"
+            raise MixingError(wrong_shape(tensor, n, where))
+        dims.append(dim)
+
+    if isinstance(h, Tensor):
+        find(h)
+    else:
+        apply_to_collection(h, Tensor, find)
+    if not dims:
+        what = f"a {h.dtype} tensor of shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+        raise MixingError(f"Expected a hidden state with floating point tensors to mix, got {what}.")
+    return dims
+
+
+def is_state(tensor: Tensor) -> bool:
+    """Whether a tensor of a hidden state can be mixed: a floating point one with a dimension."""
+    return tensor.is_floating_point() and tensor.ndim > 0
+
+
+def wrong_shape(tensor: Tensor, n: int, where: str) -> str:
+    """Say that no dimension of a state counts its n samples, and what to do."""
+    return (
+        f"Expected a state of {n} samples {where}, got shape {tuple(tensor.shape)}. Mix where the whole batch passes "
+        "once, or set `batch_dim` to the dimension that counts the samples."
+    )

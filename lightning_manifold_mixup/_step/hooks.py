@@ -12,9 +12,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_manifold_mixup._step.dims import batch_dims
 from lightning_manifold_mixup._step.interpolation import differentiable
 from lightning_manifold_mixup._step.modes import nodes_made
 from lightning_manifold_mixup._step.switches import is_unmixed
+from lightning_manifold_mixup._step.targets import MixingError
 
 if TYPE_CHECKING:
     from lightning_manifold_mixup.mixing import Mix
@@ -80,8 +82,6 @@ class MixingHook:
             sequence, states = output
             return mix.__call__(sequence, 0 if module.batch_first else 1), mix.__call__(states, 1)
         if self.dims is None and len(mix.partners) > 1:
-            from lightning_manifold_mixup.mixing import batch_dims
-
             self.dims = batch_dims(output, len(mix.partners), self.batch_dim)
         return mix.__call__(output, self.dims if self.dims is not None else self.batch_dim)
 
@@ -95,8 +95,6 @@ class MixingHook:
 def _check_order(module: nn.Module) -> None:
     """Refuse a layer for several parts of a batch that an activation checkpoint calls again, in backward."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        from lightning_manifold_mixup._step.targets import MixingError
-
         raise MixingError(
             "Expected a layer that is called once for each part of the batch, got one that the backward pass calls "
             f"again ({type(module).__name__}, inside an activation checkpoint): it cannot tell the parts apart. "

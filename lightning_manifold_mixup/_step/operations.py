@@ -17,12 +17,12 @@ from torch import Tensor
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.pairs import REMEDY, note_use, paired, tensors
 from lightning_manifold_mixup._step.targets import (
+    KINDS,
     SAMPLES,
-    MixedTarget,
+    Superposed,
     Superposition,
     SuperpositionError,
-    _shown,
-    _Superposed,
+    shown_value,
 )
 
 Function = Callable[..., Any]
@@ -32,18 +32,18 @@ Rule = Callable[[str, Function, Any, Any, Superposition], Any]
 def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute ``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
     name = _name(func)
-    sources = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed) and t._superposition.open]
+    sources = [t for t in tensors((args, kwargs)) if isinstance(t, Superposed) and t.superposition.open]
     if not sources:  # the training step is over
-        return func(*_under(args, _shown), **_under(kwargs, _shown))
-    superposition = sources[0]._superposition
-    summed = [source for source in sources if source._superposition.summed]
+        return func(*_under(args, shown_value), **_under(kwargs, shown_value))
+    superposition = sources[0].superposition
+    summed = [source for source in sources if source.superposition.summed]
     if summed and (len(summed) < len(sources) or not _is_linear(name, args, len(summed))):
         raise SuperpositionError(
             f"`{name}` of a loss whose samples were summed up, each with a lam of its own: no single lam is left for "
             f"what is no sum. Draw one lam for the batch, or {SAMPLES}."
         )
     for source in sources:
-        if source._superposition is not superposition:
+        if source.superposition is not superposition:
             raise SuperpositionError(
                 f"`{name}` combines targets of two different mixes. Each draw of lam and partners makes labels that "
                 f"can only be combined with their own kind. {REMEDY}"
@@ -75,9 +75,9 @@ def _on_both(name: str, func: Function, args: Any, kwargs: Any, superposition: S
     second = func(*_under(args, _second), **_under(kwargs, _second))
     recorded = note_use(superposition, (first, second))
     read = list(tensors((args, kwargs)))
-    steady = name in _STEADY or all(isinstance(t, _Superposed) and t._steady for t in read)
+    steady = name in _STEADY or all(isinstance(t, Superposed) and t.steady for t in read)
     steady &= not _by_position(name, args)
-    averaged = recorded or any(isinstance(t, _Superposed) and t._averaged for t in read)
+    averaged = recorded or any(isinstance(t, Superposed) and t.averaged for t in read)
     return paired(first, second, superposition, steady, averaged)
 
 
@@ -103,11 +103,11 @@ def _read(name: str, func: Function, args: Any, kwargs: Any, superposition: Supe
     decides = name in _DECISIONS
     first = func(*_under(args, _first), **_under(kwargs, _first))
     second = func(*_under(args, _second), **_under(kwargs, _second))
-    read = [t for t in tensors((args, kwargs)) if isinstance(t, _Superposed)]
-    same = first == second if decides else all(torch.equal(t._first, t._second) for t in read)
-    if same and all(t._steady for t in read):
+    read = [t for t in tensors((args, kwargs)) if isinstance(t, Superposed)]
+    same = first == second if decides else all(torch.equal(t.first, t.second) for t in read)
+    if same and all(t.steady for t in read):
         return first
-    shown = first if decides else func(*_under(args, _shown), **_under(kwargs, _shown))
+    shown = first if decides else func(*_under(args, shown_value), **_under(kwargs, shown_value))
     if superposition.reader is not None:
         return superposition.reader(name, first, second, shown)
     if decides and not same:
@@ -120,14 +120,14 @@ def _read(name: str, func: Function, args: Any, kwargs: Any, superposition: Supe
 
 def _display(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Make text for people."""
-    return func(*_under(args, _shown), **_under(kwargs, _shown))
+    return func(*_under(args, shown_value), **_under(kwargs, shown_value))
 
 
 def _gradient(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Compute ``torch.autograd.grad``: of the mixed loss; of both where the result is to be differentiated again."""
     if kwargs.get("create_graph"):
         return _on_both(name, func, args, kwargs, superposition)
-    return func(*_under(args, _shown), **_under(kwargs, _shown))
+    return func(*_under(args, shown_value), **_under(kwargs, shown_value))
 
 
 def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
@@ -137,27 +137,27 @@ def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Sup
     both labellings.
     """
     target, *others = args
-    inside = isinstance(target, _Superposed)
+    inside = isinstance(target, Superposed)
     # A value in superposition is itself a second name of the memory of its first part.
-    parts = ((target._first, 2), (target._second, 1)) if inside else ((target, 1),)
+    parts = ((target.first, 2), (target.second, 1)) if inside else ((target, 1),)
     shared = any(part._is_view() or _is_shared(part, names) for part, names in parts)
     if shared or name.startswith("set ") or name in _HOOKS:
         raise SuperpositionError(
             f"`{name}` writes what depends on the labels into memory that other tensors share. {REMEDY}"
         )
     read = list(tensors((others, kwargs)))
-    averaged = any(isinstance(t, _Superposed) and t._averaged for t in read)
+    averaged = any(isinstance(t, Superposed) and t.averaged for t in read)
     if not inside:
         first, second = target.clone(), target.clone()
         func(target, *_under(others, _first), **_under(kwargs, _first))
         superposition.hold(first, second, steady=False, averaged=False, tensor=target)
-    elif target._apart:
+    elif target.apart:
         func(target, *_under(others, _first), **_under(kwargs, _first))
-    func(target._first, *_under(others, _first), **_under(kwargs, _first))
-    func(target._second, *_under(others, _second), **_under(kwargs, _second))
-    recorded = note_use(superposition, (target._first, target._second))
-    target._steady = target._steady and all(isinstance(t, _Superposed) and t._steady for t in read)
-    target._averaged = target._averaged or ((recorded or averaged) and target.is_floating_point())
+    func(target.first, *_under(others, _first), **_under(kwargs, _first))
+    func(target.second, *_under(others, _second), **_under(kwargs, _second))
+    recorded = note_use(superposition, (target.first, target.second))
+    target.steady = target.steady and all(isinstance(t, Superposed) and t.steady for t in read)
+    target.averaged = target.averaged or ((recorded or averaged) and target.is_floating_point())
     return None if name == "__setitem__" else target
 
 
@@ -177,7 +177,7 @@ def _holders(tensor: Tensor) -> int:
 
 def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Back-propagate the mixed loss, in a backward pass of the user's own."""
-    return func(*_under(args, _shown), **_under(kwargs, _shown))
+    return func(*_under(args, shown_value), **_under(kwargs, shown_value))
 
 
 def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
@@ -190,7 +190,7 @@ def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposit
         bound = inspect.signature(F.cross_entropy).bind(*args, **kwargs)
         logits, target = bound.arguments.pop("input"), bound.arguments.pop("target")
         kwargs = bound.arguments
-    if kwargs.get("label_smoothing") or isinstance(logits, _Superposed) or target.is_floating_point():
+    if kwargs.get("label_smoothing") or isinstance(logits, Superposed) or target.is_floating_point():
         return _on_both(name, func, args if len(args) == 2 else (logits, target), kwargs, superposition)
     kwargs = {key: value for key, value in kwargs.items() if key != "label_smoothing"}
     if torch.is_autocast_enabled(logits.device.type):  # it casts for cross_entropy, and on CPUs not for log_softmax
@@ -211,12 +211,12 @@ def plain_cross_entropy(
 ) -> Any:
     """Compute ``_cross_entropy`` for the usual arguments, with little work in Python; None for others."""
     if (
-        type(target) is not MixedTarget
-        or not (superposition := target._superposition).open
+        type(target) is not KINDS[False]
+        or not (superposition := target.superposition).open
         or superposition.lam.ndim
         or label_smoothing
-        or isinstance(logits, _Superposed)
-        or isinstance(weight, _Superposed)
+        or isinstance(logits, Superposed)
+        or isinstance(weight, Superposed)
         or size_average is not None
         or reduce is not None
         or torch.is_autocast_enabled(logits.device.type)
@@ -225,7 +225,7 @@ def plain_cross_entropy(
     log_probabilities = torch.log_softmax(logits, min(logits.ndim - 1, 1))
     first, second = (
         F.nll_loss(log_probabilities, labels, weight, ignore_index=ignore_index, reduction=reduction)
-        for labels in (target._first, target._second)
+        for labels in (target.first, target.second)
     )
     recorded = first.requires_grad
     superposition.used |= recorded
@@ -283,7 +283,7 @@ _LINEAR = {
 def _is_linear(name: str, args: Any, count: int) -> bool:
     """Whether an operation is linear in the ``count`` values in superposition among its arguments."""
     if name in _PRODUCTS | _QUOTIENTS:
-        return count == 1 and (name in _PRODUCTS or isinstance(args[0], _Superposed))
+        return count == 1 and (name in _PRODUCTS or isinstance(args[0], Superposed))
     return name in _LINEAR or name.startswith("get ")
 
 
@@ -313,17 +313,17 @@ def _writes(name: str) -> bool:
 
 
 def _first(value: Tensor) -> Tensor:
-    return value._first if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+    return value.first if isinstance(value, Superposed) and value.superposition.open else _closed(value)
 
 
 def _second(value: Tensor) -> Tensor:
-    return value._second if isinstance(value, _Superposed) and value._superposition.open else _closed(value)
+    return value.second if isinstance(value, Superposed) and value.superposition.open else _closed(value)
 
 
 def _originally(value: Tensor) -> tuple[Tensor, Tensor]:
     """Return the value under the original labelling, and under that of the partners."""
-    if isinstance(value, _Superposed) and value._superposition.open:
-        return value._superposition.ordered(value._first, value._second)
+    if isinstance(value, Superposed) and value.superposition.open:
+        return value.superposition.ordered(value.first, value.second)
     return _closed(value), _closed(value)
 
 
@@ -336,7 +336,7 @@ def _partners(value: Tensor) -> Tensor:
 
 
 def _closed(value: Tensor) -> Tensor:
-    return _shown(value) if isinstance(value, _Superposed) else value
+    return shown_value(value) if isinstance(value, Superposed) else value
 
 
 def _under(tree: Any, labelling: Callable[[Tensor], Tensor]) -> Any:

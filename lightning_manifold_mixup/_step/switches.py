@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from lightning_manifold_mixup._step.targets import MixingError
+
 _mixing = 0
 _unmixed = 0
 _input_mixed = 0
@@ -87,8 +89,6 @@ nothing: AbstractContextManager[None] = nullcontext()
 
 def raise_input_is_mixed() -> None:
     """Raise the error for ``unmixed`` in a step whose input is mixed."""
-    from lightning_manifold_mixup._step.targets import MixingError
-
     raise MixingError(
         "`with unmixed():` in a step whose input is mixed (k is 'input'): a forward pass on it would not be clean. Use "
         "`clean_weight` of the callback, which runs the step on the plain batch beside it, or take 'input' out of "

@@ -15,11 +15,10 @@ training step then runs once for each labelling instead (``step.py``).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import Self, override
@@ -107,7 +106,7 @@ class Superposition:
         swapped = self.swapped.reshape(self.swapped.shape + (1,) * (labels.ndim - self.swapped.ndim))
         return torch.where(swapped, partners, labels), torch.where(swapped, labels, partners)
 
-    def superpose(self, labels: Tensor, partners: Tensor) -> MixedTarget | MixedValue:
+    def superpose(self, labels: Tensor, partners: Tensor) -> Superposed:
         """Two labellings as one tensor, of the same dtype."""
         self.holds_labels = True
         return self.hold(*self.ordered(labels, partners), steady=True, averaged=False)  # type: ignore[no-any-return]
@@ -115,13 +114,13 @@ class Superposition:
     def hold(self, first: Tensor, second: Tensor, steady: bool, averaged: bool, tensor: Any = None) -> Any:
         """Hold a value under both labellings in a new tensor, or in a plain one that labels are written into."""
         dtype, apart = first.dtype, tensor is not None
-        kind = MixedValue if dtype.is_floating_point or dtype.is_complex else MixedTarget
+        kind = KINDS[dtype.is_floating_point or dtype.is_complex]
         if apart:
             tensor.__class__ = kind
         else:
             tensor = first.as_subclass(kind)
-        tensor._first, tensor._second, tensor._superposition = first, second, self
-        tensor._steady, tensor._averaged, tensor._apart = steady, averaged, apart
+        tensor.first, tensor.second, tensor.superposition = first, second, self
+        tensor.steady, tensor.averaged, tensor.apart = steady, averaged, apart
         if not torch.compiler.is_compiling():
             self._alive.append(weakref.ref(tensor))
         return tensor
@@ -175,40 +174,30 @@ class Superposition:
         for reference in self._alive:
             if (tensor := reference()) is not None:
                 shown = None
-                if tensor._averaged and not tensor._apart and not dominant:  # type: ignore[attr-defined]
+                if tensor.averaged and not tensor.apart and not dominant:  # type: ignore[attr-defined]
                     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-                        shown = _shown(tensor).detach()
+                        shown = shown_value(tensor).detach()
                 tensor.__class__ = Tensor
                 if shown is not None:
                     tensor.data = shown
-                for name in _Superposed.__annotations__:
+                for name in Superposed.__annotations__:
                     delattr(tensor, name)
         self._alive.clear()
 
 
-class _Superposed(Tensor):
-    """A value under two labellings. As a tensor it is the dominant one."""
+KINDS: dict[bool, type[Superposed]] = {}
+"""The kinds of values in superposition, by whether they are floating point. ``mixed_target.py`` puts them here."""
 
-    _first: Tensor  # of the dominant labelling
-    _second: Tensor
-    _superposition: Superposition
-    _steady: bool  # comes from labels alone: what is the same under both labellings now will always be
-    _averaged: bool  # code that does not know the superposition is shown the mixed value, not the dominant one
-    _apart: bool  # its memory is not that of its first part: it is written into as well
 
-    @classmethod
-    @override
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        from lightning_manifold_mixup._step import operations
+class Superposed(Tensor):
+    """A value under two labellings. As a tensor it is the dominant one. ``mixed_target.py`` has the kinds of it."""
 
-        with torch._C.DisableTorchFunctionSubclass():
-            kwargs = kwargs or {}
-            plain_way = func is F.cross_entropy and len(args) == 2
-            if plain_way and (losses := operations.plain_cross_entropy(*args, **kwargs)) is not None:
-                return losses
-            return operations.evaluate(func, args, kwargs)
+    first: Tensor  # of the dominant labelling
+    second: Tensor
+    superposition: Superposition
+    steady: bool  # comes from labels alone: what is the same under both labellings now will always be
+    averaged: bool  # code that does not know the superposition is shown the mixed value, not the dominant one
+    apart: bool  # its memory is not that of its first part: it is written into as well
 
     @property
     def labels(self) -> Tensor:
@@ -221,22 +210,22 @@ class _Superposed(Tensor):
         return self._inspected()[1]
 
     def _inspected(self) -> tuple[Tensor, Tensor]:
-        self._superposition.inspected = True
-        return self._superposition.ordered(self._first, self._second)
+        self.superposition.inspected = True
+        return self.superposition.ordered(self.first, self.second)
 
     @property
     def lam(self) -> Tensor:
         """Weight of the original labelling, a 0-d or (n,) tensor."""
-        return self._superposition.lam
+        return self.superposition.lam
 
     @property
     def shown(self) -> Tensor:
         """The plain tensor that code without knowledge of the superposition sees."""
         with torch._C.DisableTorchFunctionSubclass():
-            return _shown(self)
+            return shown_value(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        if not hasattr(self, "_first"):
+        if not hasattr(self, "first"):
             return super().__repr__()  # type: ignore[no-untyped-call,no-any-return]
         return f"{type(self).__name__}(labels={self.labels!r}, partners={self.partners!r}, lam={self.lam!r})"
 
@@ -249,53 +238,7 @@ class _Superposed(Tensor):
 
     @override
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.clone() if self._superposition.open else self.shown.detach().clone()
-
-
-class MixedTarget(_Superposed):
-    """Integer or boolean labels in superposition: ``y`` with weight lam and ``y[partners]`` with weight 1 - lam.
-
-    To code that does not know it, it is the plain tensor of the dominant labels (``y`` if lam >= 1/2, else
-    ``y[partners]``), of the same shape, dtype and device. Casts, moves, views and indexing keep it; any loss computed
-    from it by torch operations is ``lam * loss(y) + (1 - lam) * loss(y[partners])`` (section 2, step 4).
-
-    Args:
-        labels: the original labels, integer or bool.
-        partners: the labels of the partners, same shape and dtype.
-        lam: weight of ``labels``, a 0-d float tensor, or (n,) with one weight for each sample.
-
-    Raises:
-        TypeError: for labels that are not integer or bool. A float target is mixed as any other tensor: ``mix(y)``.
-
-    Example:
-        >>> import torch.nn.functional as F
-        >>> y = MixedTarget(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor(0.75))
-        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
-        >>> expected = 0.75 * F.cross_entropy(logits, y.labels) + 0.25 * F.cross_entropy(logits, y.partners)
-        >>> torch.testing.assert_close(plain(F.cross_entropy(logits, y)), expected)
-        >>> y.shown
-        tensor([0, 1])
-    """
-
-    def __new__(cls, labels: Tensor, partners: Tensor, lam: Tensor) -> Self:
-        """Put the two labellings into superposition."""
-        if labels.is_floating_point() or labels.is_complex():
-            raise TypeError(
-                f"MixedTarget holds class indices, integer or bool; got {labels.dtype}. A float target needs no "
-                "superposition: use the mixed tensor, `mix(y)`."
-            )
-        # A copy: what user code writes into its labels must not reach the batch it was made from.
-        new = Superposition(lam).to(labels.device).superpose(labels.detach().clone(), partners.detach())
-        assert isinstance(new, cls)
-        return new
-
-
-class MixedValue(_Superposed):
-    """A floating point value that depends on a ``MixedTarget``: a loss, a weight looked up by label, a soft mask.
-
-    It holds the value under each labelling, so that what is computed from it stays exact. ``backward()``, ``item()``
-    and loggers see the mixed value ``lam * value(y) + (1 - lam) * value(y[partners])`` of a loss.
-    """
+        return self.clone() if self.superposition.open else self.shown.detach().clone()
 
 
 def plain(tree: Any) -> Any:
@@ -304,34 +247,34 @@ def plain(tree: Any) -> Any:
         return tree
     with torch._C.DisableTorchFunctionSubclass():
         if isinstance(tree, Tensor):
-            return _shown(tree)
-        return apply_to_collection(tree, _Superposed, _shown, allow_frozen=True)
+            return shown_value(tree)
+        return apply_to_collection(tree, Superposed, shown_value, allow_frozen=True)
 
 
-def _shown(value: Tensor) -> Tensor:
-    if not isinstance(value, _Superposed) or not hasattr(value, "_first"):
+def shown_value(value: Tensor) -> Tensor:
+    if not isinstance(value, Superposed) or not hasattr(value, "first"):
         return value
-    if value._averaged and value._first.shape == value._second.shape:
-        return value._superposition.mean(value._first, value._second)
-    return value._first
+    if value.averaged and value.first.shape == value.second.shape:
+        return value.superposition.mean(value.first, value.second)
+    return value.first
 
 
 def superpositions(tree: Any) -> list[Superposition]:
     """Return the open superpositions of the tensors anywhere in a structure, one for each draw."""
     found: dict[int, Superposition] = {}
 
-    def note(tensor: _Superposed) -> None:
-        if tensor._superposition.open:
-            found[id(tensor._superposition)] = tensor._superposition
+    def note(tensor: Superposed) -> None:
+        if tensor.superposition.open:
+            found[id(tensor.superposition)] = tensor.superposition
 
-    apply_to_collection(tree, _Superposed, note)
+    apply_to_collection(tree, Superposed, note)
     return list(found.values())
 
 
 def labelling(tree: Any, dominant: bool) -> Any:
     """Return the structure under one labelling, the dominant one or the other, as plain tensors."""
 
-    def pick(value: _Superposed) -> Tensor:
-        return value._first if dominant or not value._superposition.open else value._second
+    def pick(value: Superposed) -> Tensor:
+        return value.first if dominant or not value.superposition.open else value.second
 
-    return apply_to_collection(tree, _Superposed, pick)
+    return apply_to_collection(tree, Superposed, pick)
