@@ -138,7 +138,7 @@ class DrawContext:
 
     Attributes:
         n: number of samples in the batch.
-        targets: the plain targets: a tensor, or a list of them if there are several.
+        targets: the plain targets of these samples: a tensor, or a list of them if there are several.
         batch: the whole plain batch.
         layers: S, with the weight of each layer.
         alpha: of this epoch: a number, or a pair (a, b) for Beta(a, b).
@@ -211,10 +211,12 @@ class DrawContext:
 
 def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
     """Return a context for each group of samples in a batch; ``how`` are the other fields."""
-    targets, rows = places.targets_of(batch), places.rows_of(batch)
-    shown = targets[0] if len(targets) == 1 else targets
-    groups = range(len(places.groups))
-    return [DrawContext(places.samples(batch, group), shown, batch, rows=rows, **how) for group in groups]
+    rows, contexts = places.rows_of(batch), []
+    for number, group in enumerate(places.groups):
+        targets = [places.of(batch, key) for key in group.targets]
+        shown = targets[0] if len(targets) == 1 else targets
+        contexts.append(DrawContext(places.samples(batch, number), shown, batch, rows=rows, **how))
+    return contexts
 
 
 def check_draw(draw: Any, layers: Mapping[str, float], n: int) -> None:

@@ -19,11 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule, MixingError, eligible_layers
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.modules import semi_supervised as semi
-from lightning_manifold_mixup.modules.semi_supervised import (
-    SemiSupervisedManifoldMixupModule,
-    consistency_weight,
-    update_teacher,
-)
+from lightning_manifold_mixup.modules.consistency import consistency_weight, update_teacher
+from lightning_manifold_mixup.modules.semi_supervised import SemiSupervisedManifoldMixupModule
 from lightning_manifold_mixup.paper import recipes
 from lightning_manifold_mixup.partners import Partners
 from tests.helpers import CLASSES, LAYERS, ConvNet, images, trainer, weights_of

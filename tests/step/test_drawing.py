@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import AlphaSchedule, Draw, ManifoldMixupCallback, Mix
+from lightning_manifold_mixup._step.drawing import contexts_of
+from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.partners import ClassBalancedPartners, LabelDistancePartners
 from tests.exactness import Module, by_hand, data, train
 from tests.helpers import LAYERS, Classifier, Draws, loader, trainer
@@ -255,3 +257,13 @@ def test_misuse(make, error, message):
     with pytest.raises(error, match=message):
         trained()
     assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+
+
+def test_each_group_of_samples_is_drawn_for_by_its_own_targets():
+    x, u = torch.zeros(4, 3), torch.zeros(6, 3)
+    batch = {"a": (x, torch.arange(4)), "b": (u, torch.arange(6), torch.ones(6))}
+    places = Keys(input_key=["a.0", "b.0"], target_key=["a.1", "b.1", "b.2"]).locate(batch)
+    one, two = contexts_of(batch, places, layers={}, alpha=1.0, epoch=0, draws=None)
+    assert (one.n, two.n) == (4, 6)
+    assert one.targets is batch["a"][1]
+    assert all(target is other for target, other in zip(two.targets, batch["b"][1:], strict=True))
