@@ -22,7 +22,7 @@ from lightning_manifold_mixup._step.targets import (
     Superposed,
     Superposition,
     SuperpositionError,
-    labelling,
+    labellings,
     plain,
     superpositions,
 )
@@ -60,8 +60,9 @@ class CriterionHooks:
         states = random_states(criterion.parameters())
         ghost = ghost_of(criterion)
         kept = {id(value) for _, _, value in _kept(criterion)}
-        self._others.append((found[0], ghost, states, kept, labelling(args, False), labelling(kwargs, False)))
-        return labelling(args, True), labelling(kwargs, True)
+        dominant, other = labellings((args, kwargs))
+        self._others.append((found[0], ghost, states, kept, *other))
+        return dominant
 
     def after(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Run it once more on the others, and put both results into superposition."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.hooks import TargetHook
 from lightning_manifold_mixup._step.names import is_length, is_mask
-from lightning_manifold_mixup._step.self_check import _Comparison
+from lightning_manifold_mixup._step.self_check import Comparison
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
 
-def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train: bool) -> str:
+def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome) -> str:
     """Say in a sentence or two what else reaches the loss, and what to do about it.
 
     Args:
@@ -27,17 +27,16 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
         site: the layer at which the swap oracle has failed.
         mixes: the permutation it failed with, as a draw with lam 0.
         plain_run: the step on the batch as it is.
-        train: whether the runs are in training mode.
     """
-    wrong = trials.run(site, states=mixes, train=train)
+    wrong = trials.run(site, states=mixes)
 
     def restored(where: Site = site, **conditions: Any) -> bool:
         conditions = {"states": mixes, "labels": mixes, "how": "partners"} | conditions
         try:
-            outcome = trials.run(where, train=train, **conditions)
+            outcome = trials.run(where, **conditions)
         except Exception:  # a part that cannot be permuted is not the one that is looked for
             return False
-        return outcome.loss is not None and _Comparison(outcome, plain_run, wrong).value[0]
+        return outcome.loss is not None and Comparison(outcome, plain_run, wrong).same_loss
 
     places, batch = site.places, trials.call.batch
     targets = list(places.targets)
@@ -59,7 +58,7 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
         if site.layer == INPUT:
             text += f"; if it is an input, `input_key={[*places.inputs, *found]}`"
         return text + "."
-    if site.layer != INPUT and _labels_enter_before(trials, site, mixes, train):
+    if site.layer != INPUT and _labels_enter_before(trials, site, mixes):
         views = any(_is_float(batches.get(batch, key)) for key in targets)
         nothing = " If they are a second view of the samples and no labels, mix at 'input' alone." if views else ""
         return (
@@ -77,7 +76,7 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
             f"encoder). Set `target_modules=[{module!r}]` to have it mixed with the same draw."
         )
     float_inputs = [key for key in places.inputs if _is_float(batches.get(batch, key))]
-    if site.layer != INPUT and float_inputs and _whole_batch_permuted(trials, site, mixes, plain_run, wrong, train):
+    if site.layer != INPUT and float_inputs and _whole_batch_permuted(trials, site, mixes, plain_run, wrong):
         return (
             f"The loss also reads the input {_parts(float_inputs)} past this layer: as a target (a reconstruction), "
             "through a second network, or in an operation between functions. If it is a target, set "
@@ -91,8 +90,7 @@ def explain(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, train:
 
 
 def _others(batch: Any, site: Site, n: int) -> Iterator[Any]:
-    known = {*map(str, site.places.targets), *map(str, site.places.masks)}
-    inputs = {*map(str, site.places.inputs)}
+    known, inputs = site.places.mixed, frozenset(map(str, site.places.inputs))
     for key, leaf in batches.leaves(batch):
         around = known | inputs if leaf.is_floating_point() else known  # a label may be beside the samples of an input
         inside = any(str(key).startswith(f"{other}.") for other in around)
@@ -100,7 +98,7 @@ def _others(batch: Any, site: Site, n: int) -> Iterator[Any]:
             yield key
 
 
-def _labels_enter_before(trials: Trials, site: Site, mixes: Mixes, train: bool) -> bool:
+def _labels_enter_before(trials: Trials, site: Site, mixes: Mixes) -> bool:
     """Whether the state at layer k changes with the targets alone."""
     seen: list[list[Tensor]] = []
 
@@ -112,8 +110,8 @@ def _labels_enter_before(trials: Trials, site: Site, mixes: Mixes, train: bool) 
 
         stack.callback(named_layers(ghost)[site.layer].register_forward_hook(note).remove)
 
-    trials.run(site, train=train, around=watch)
-    trials.run(site, labels=mixes, how="partners", train=train, around=watch)
+    trials.run(site, around=watch)
+    trials.run(site, labels=mixes, how="partners", around=watch)
     before, after = seen
     return len(before) != len(after) or any(
         a.shape != b.shape or not torch.allclose(a, b, equal_nan=True) for a, b in zip(before, after, strict=True)
@@ -140,17 +138,15 @@ def _permuting(name: str, mixes: Mixes) -> Any:
     return around
 
 
-def _whole_batch_permuted(
-    trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome, train: bool
-) -> bool:
+def _whole_batch_permuted(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome) -> bool:
     n = len(mixes[0].partners)
-    known = {*map(str, site.places.targets), *map(str, site.places.masks)}
-    rest = [k for k, leaf in batches.leaves(trials.call.batch) if str(k) not in known and leaf.ndim and len(leaf) == n]
+    leaves, known = batches.leaves(trials.call.batch), site.places.mixed
+    rest = [k for k, leaf in leaves if str(k) not in known and leaf.ndim and len(leaf) == n]
     try:
-        outcome = trials.run(site, labels=mixes, how="partners", train=train, also=rest)
+        outcome = trials.run(site, labels=mixes, how="partners", also=rest)
     except Exception:
         return False
-    return outcome.loss is not None and _Comparison(outcome, plain_run, wrong).value[0]
+    return outcome.loss is not None and Comparison(outcome, plain_run, wrong).same_loss
 
 
 def _is_float(value: Any) -> bool:

@@ -60,11 +60,11 @@ def find_target(batch: Any, inputs: Sequence[Key] = ()) -> Key:
         )
     given = {str(k).partition(".")[0] for k in inputs}
     others = [k for k in keys if (str(k) in given if given else name_of(str(k)) in INPUTS)]
-    rest = _telling(batch, [k for k in keys if k not in others])
+    rest = _informative(batch, [k for k in keys if k not in others])
     rest = [k for k in rest if not never_a_label(k)] if len(rest) > 1 else rest
     if others and len(rest) == 1 and _may_be_the_target(batch, joined(rest), joined(others[:1])):
         return joined(rest)
-    pair = _telling(batch, keys)
+    pair = _informative(batch, keys)
     if len(pair) == 2 and isinstance(batch, Sequence) and not given:
         _check_order([item(batch, k) for k in pair], pair)
         return joined(pair[1:])
@@ -105,7 +105,7 @@ def find_input(batch: Any, targets: Sequence[Key] = ()) -> Key:
     if not targets and len(keys) == 2 and isinstance(batch, Sequence):
         return joined(keys[:1])
     left = [k for k in keys if k not in {path[0] for path in paths} and name_of(str(k)) not in TARGETS]
-    left = [k for k in _telling(batch, left) if not is_mask(str(k))] if len(left) > 1 else left
+    left = [k for k in _informative(batch, left) if not is_mask(str(k))] if len(left) > 1 else left
     if len(left) > 1 and isinstance(batch, Sequence):  # one number for each sample is an index or a weight
         left = [k for k in left if any(t.ndim > 1 for t in batches.tensors(item(batch, k)))]
     if len(left) == 1 and (targets or len(keys) <= 2):
@@ -183,9 +183,9 @@ def _suggestions(batch: Any, inputs: Sequence[Key]) -> list[Key]:
     found = list(inputs) or [k for k, _ in batches.leaves(batch) if name_of(k) in INPUTS]
     if not found and isinstance(batch, Sequence) and batch:
         found = [0]
-    told = _telling(batch, children(batch))
-    if not found and len(told) == 1:
-        return [joined(told)]
+    informative = _informative(batch, children(batch))
+    if not found and len(informative) == 1:
+        return [joined(informative)]
     rows = [len(t) for key in found for t in batches.tensors(batches.get(batch, key)) if t.ndim]
     named = [k for k, _ in batches.leaves(batch) if name_of(k) in TARGETS]
     if named or not rows:
@@ -196,16 +196,16 @@ def _suggestions(batch: Any, inputs: Sequence[Key]) -> list[Key]:
     return label_candidates(batch, rows[0], found) or [k for k in unnamed if k not in found]
 
 
-def _telling(batch: Any, keys: Sequence[Any]) -> list[Any]:
+def _informative(batch: Any, keys: Sequence[Any]) -> list[Any]:
     """List the parts of a batch that hold tensors, and not only identities, lengths or the like.
 
     A single part is listed, and both of a pair, whatever they are: what is wrong with them is said elsewhere.
     """
     parts = {k: item(batch, k) for k in keys}
     names = {k: [k] if isinstance(v, Tensor) else [key for key, _ in batches.leaves(v)] for k, v in parts.items()}
-    told = [k for k in keys if not all(map(_bookkeeping, names[k]))]
-    pair = len(keys) == 2 and isinstance(batch, Sequence) and len(told) < 2
-    return list(keys) if pair or len(keys) == 1 else told
+    informative = [k for k in keys if not all(map(_bookkeeping, names[k]))]
+    pair = len(keys) == 2 and isinstance(batch, Sequence) and len(informative) < 2
+    return list(keys) if pair or len(keys) == 1 else informative
 
 
 def _bookkeeping(key: Key) -> bool:

@@ -14,7 +14,7 @@ from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.call import Call
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated, out_of_reach
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.targets import Superposition, labelling
+from lightning_manifold_mixup._step.targets import Superposition, labellings
 from lightning_manifold_mixup._step.usage import LabelUse
 from lightning_manifold_mixup._step.writes import Writes
 from lightning_manifold_mixup.layers import LayerReport, named_layers, observe
@@ -71,7 +71,7 @@ def watch(
             for number, leaf in enumerate(batches.tensors(places.of(batch, key)))
         }
         use = LabelUse({name: leaf for name, (_, leaf) in targets.items()})
-        samples = [places.samples(batch, group) for group in range(len(places.groups))]
+        samples = places.sizes(batch)
 
         def observed(batch: Any, labels: list[Tensor]) -> tuple[Any, LayerReport | None]:
             aside = [*places.masks, *(key for key in places.targets if key not in places.shared)]
@@ -103,7 +103,7 @@ def watch(
             labels = [
                 leaf
                 for value in places.targets_of(superposed)
-                for tree in (value, labelling(value, True), labelling(value, False))
+                for tree in (value, *labellings(value))
                 for leaf in batches.tensors(tree)
             ]
             output, report = observed(superposed, labels)

@@ -252,11 +252,11 @@ class Fit:
         sites = [self._site(layer, places) for layer in layers]
         self.proof.check(trials, sites, permutations, draws, self._mixed, again)
         if trials is not None:
-            self._written |= trials.written
-            self._writes_batch |= trials.writes_batch
+            self._written |= trials.seen.written
+            self._writes_batch |= trials.seen.writes_batch
         self.plan.passes = self.proof.passes
-        if trials is not None and trials.superposed:
-            self._hook_criteria(sorted(trials.fired))
+        if trials is not None and trials.seen.superposed:
+            self._hook_criteria(sorted(trials.seen.fired))
 
     def _settle(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:
         """Observe the step on a ghost: S is chosen, or checked. Return its output if it had to run for real."""

@@ -12,7 +12,7 @@ from lightning_manifold_mixup._step.switches import mixing_is_open
 from lightning_manifold_mixup._step.targets import (
     MixingError,
     SuperpositionError,
-    labelling,
+    labellings,
     plain,
     superpositions,
 )
@@ -54,7 +54,7 @@ def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         raise MixingError("Expected labels of one mix, got labels of several draws of lam in one call.")
     if found[0].lam.ndim:  # one for each sample: they count before the samples are summed up
         return plain(function(*args, **kwargs))  # type: ignore[no-any-return]
-    first, second = (function(*labelling(args, dominant), **labelling(kwargs, dominant)) for dominant in (True, False))
+    first, second = (function(*some, **others) for some, others in labellings((args, kwargs)))
     note_use(found[0], (first, second))
     try:
         return plain(paired(first, second, found[0]))  # type: ignore[no-any-return]

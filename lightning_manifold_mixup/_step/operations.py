@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _on_both(name: str, func: Function, args: Any, kwargs: Any, superposition: S
     steady = name in _STEADY or all(isinstance(t, Superposed) and t.steady for t in read)
     steady &= not _by_position(name, args)
     averaged = recorded or any(isinstance(t, Superposed) and t.averaged for t in read)
-    return paired(first, second, superposition, steady, averaged)
+    return paired(first, second, superposition, steady=steady, averaged=averaged)
 
 
 def _by_position(name: str, args: Any) -> bool:
@@ -118,16 +119,15 @@ def _read(name: str, func: Function, args: Any, kwargs: Any, superposition: Supe
     return shown
 
 
-def _display(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """Make text for people."""
+def _of_the_mean(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
+    """Make text for people, or back-propagate the mixed loss in a backward pass of the user's own."""
     return func(*_under(args, shown_value), **_under(kwargs, shown_value))
 
 
 def _gradient(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
     """Compute ``torch.autograd.grad``: of the mixed loss; of both where the result is to be differentiated again."""
-    if kwargs.get("create_graph"):
-        return _on_both(name, func, args, kwargs, superposition)
-    return func(*_under(args, shown_value), **_under(kwargs, shown_value))
+    rule = _on_both if kwargs.get("create_graph") else _of_the_mean
+    return rule(name, func, args, kwargs, superposition)
 
 
 def _write(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
@@ -173,11 +173,6 @@ def _holders(tensor: Tensor) -> int:
     storage = tensor.untyped_storage()
     holders: int = torch._C._storage_Use_Count(storage._cdata)
     return holders
-
-
-def _backward(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
-    """Back-propagate the mixed loss, in a backward pass of the user's own."""
-    return func(*_under(args, shown_value), **_under(kwargs, shown_value))
 
 
 def _cross_entropy(name: str, func: Function, args: Any, kwargs: Any, superposition: Superposition) -> Any:
@@ -245,8 +240,8 @@ def _per_sample(name: str, func: Function, args: Any, kwargs: Any, superposition
     arguments["reduction"] = "none"
     results = []
     lam, mean = float64(superposition.lam), superposition.reduced.lam
-    for pick, weight in ((_labels, lam / mean), (_partners, (1 - lam) / (1 - mean))):
-        under = _under(dict(arguments), pick)
+    for number, weight in enumerate((lam / mean, (1 - lam) / (1 - mean))):
+        under = _under(dict(arguments), partial(_originally, number=number))
         losses = func(**under)
         share = weight.to(losses).reshape(weight.shape + (1,) * (losses.ndim - 1))
         total = (losses * share).sum()
@@ -299,11 +294,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("__hash__", "data_ptr", "untyped_storage", "storage", "_is_view", "is_complex"), _of_the_object),
     **dict.fromkeys(("item", "tolist", "numpy", "__array__", "__float__", "__int__", "__complex__"), _read),
     **dict.fromkeys(("equal", "allclose", *_DECISIONS), _read),
-    **dict.fromkeys(("__format__", "__repr__", "__str__"), _display),
+    **dict.fromkeys(("__format__", "__repr__", "__str__", "backward"), _of_the_mean),
     **dict.fromkeys(("nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"), _per_sample),
     **dict.fromkeys(_HOOKS, _write),
     "cross_entropy": _cross_entropy,
-    "backward": _backward,
     "grad": _gradient,
 }
 
@@ -313,30 +307,18 @@ def _writes(name: str) -> bool:
 
 
 def _first(value: Tensor) -> Tensor:
-    return value.first if isinstance(value, Superposed) and value.superposition.open else _closed(value)
+    return value.first if isinstance(value, Superposed) and value.superposition.open else shown_value(value)
 
 
 def _second(value: Tensor) -> Tensor:
-    return value.second if isinstance(value, Superposed) and value.superposition.open else _closed(value)
+    return value.second if isinstance(value, Superposed) and value.superposition.open else shown_value(value)
 
 
-def _originally(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the value under the original labelling, and under that of the partners."""
+def _originally(value: Tensor, number: int) -> Tensor:
+    """Return the value under the original labelling (number 0), or under that of the partners (1)."""
     if isinstance(value, Superposed) and value.superposition.open:
-        return value.superposition.ordered(value.first, value.second)
-    return _closed(value), _closed(value)
-
-
-def _labels(value: Tensor) -> Tensor:
-    return _originally(value)[0]
-
-
-def _partners(value: Tensor) -> Tensor:
-    return _originally(value)[1]
-
-
-def _closed(value: Tensor) -> Tensor:
-    return shown_value(value) if isinstance(value, Superposed) else value
+        return value.superposition.ordered(value.first, value.second)[number]
+    return shown_value(value)
 
 
 def _under(tree: Any, labelling: Callable[[Tensor], Tensor]) -> Any:

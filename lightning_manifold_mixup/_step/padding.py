@@ -8,7 +8,6 @@ two masks: that is a reason to warn, not to refuse.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,16 +26,15 @@ _CANDIDATES = 3
 
 def all_seen(trials: Trials, places: Places) -> Trials:
     """Return trials on a batch with one mask for all samples: the union of all."""
+    masks = {key: places.of(trials.call.batch, key) for key in places.masks}
     values = {
-        key: mask.amin(0, keepdim=True).expand_as(mask)
-        if marks_padding(key)
-        else mask.amax(0, keepdim=True).expand_as(mask)
-        for key, mask in zip(places.masks, places.masks_of(trials.call.batch), strict=True)
+        key: (mask.amin if marks_padding(key) else mask.amax)(0, keepdim=True).expand_as(mask)
+        for key, mask in masks.items()
     }
-    return _on(trials, places.replace(trials.call.batch, values)) if values else trials
+    return trials.on(places.replace(trials.call.batch, values)) if values else trials
 
 
-def mask_from_tokens(trials: Trials, site: Site, mixes: Mixes, train: bool) -> str | None:
+def mask_from_tokens(trials: Trials, site: Site, mixes: Mixes) -> str | None:
     """Say which part of the batch the step makes a mask of padding from; None if that does not explain the failure.
 
     It explains the failure if the swap oracle passes once that token is replaced by another one.
@@ -45,13 +43,12 @@ def mask_from_tokens(trials: Trials, site: Site, mixes: Mixes, train: bool) -> s
         trials: the step.
         site: the layer at which the swap oracle has failed.
         mixes: the permutation it failed with.
-        train: whether the runs are in training mode.
     """
     for key, token, filled in _without_padding(trials.call.batch, site, len(mixes[0].partners)):
-        others = _on(trials, batches.replaced(trials.call.batch, key, filled))
+        others = trials.on(batches.replaced(trials.call.batch, key, filled))
         try:
-            plain_run = others.run(train=train)
-            finding = swap(others, site, mixes, plain_run, None, train)
+            plain_run = others.run()
+            finding = swap(others, site, mixes, plain_run, None)
         except Exception:  # a part that cannot be changed is not the one that is looked for
             continue
         if plain_run.loss is not None and finding.verdict is Verdict.PASSED:
@@ -65,7 +62,7 @@ def mask_from_tokens(trials: Trials, site: Site, mixes: Mixes, train: bool) -> s
 
 def _without_padding(batch: Any, site: Site, n: int) -> Iterator[tuple[Any, int, Tensor]]:
     """Yield the tokens of a batch without what may be padding: key, that token, and the tensor with another one."""
-    known = {*map(str, site.places.targets), *map(str, site.places.masks)}
+    known = site.places.mixed
     for key, leaf in batches.leaves(batch):
         if str(key) in known or leaf.ndim != 2 or len(leaf) != n or leaf.is_floating_point() or leaf.is_complex():
             continue
@@ -75,7 +72,3 @@ def _without_padding(batch: Any, site: Site, n: int) -> Iterator[tuple[Any, int,
             filled = torch.where(leaf == token, others.flatten()[:1], leaf) if len(others) else leaf
             if len(others) < leaf.numel() and bool((filled != filled[:1]).any()):  # else labels would not show
                 yield key, int(token), filled
-
-
-def _on(trials: Trials, batch: Any) -> Trials:
-    return replace(trials, call=trials.call.on(batch))

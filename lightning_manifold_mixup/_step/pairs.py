@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,21 @@ REMEDY = (
 )
 
 
-def paired(first: Any, second: Any, superposition: Superposition, steady: bool = False, averaged: bool = True) -> Any:
+def paired(
+    first: Any, second: Any, superposition: Superposition, *, steady: bool = False, averaged: bool = True
+) -> Any:
     """Make one result of those for the two labellings, in their structure."""
     if isinstance(first, Tensor):
         averaged = averaged and first.is_floating_point()
-        return superposition.hold(first, second, steady, averaged)
+        return superposition.hold(first, second, steady=steady, averaged=averaged)
+    of_both = partial(paired, superposition=superposition, steady=steady, averaged=averaged)
     if isinstance(first, (tuple, list)) and not isinstance(first, torch.Size):
         if len(first) == len(second):
-            pairs = [paired(a, b, superposition, steady, averaged) for a, b in zip(first, second, strict=True)]
+            pairs = [of_both(a, b) for a, b in zip(first, second, strict=True)]
             return type(first)(*pairs) if hasattr(first, "_fields") else type(first)(pairs)
     elif isinstance(first, dict):
         if first.keys() == second.keys():
-            return {key: paired(first[key], second[key], superposition, steady, averaged) for key in first}
+            return {key: of_both(first[key], second[key]) for key in first}
     elif first is second or first == second:
         return first
     raise SuperpositionError(

@@ -70,6 +70,11 @@ class Places:
         paths = {self._paths[key] for key in self.inputs}
         return [key for key in self.targets if self._paths[key] in paths]
 
+    @cached_property
+    def mixed(self) -> frozenset[str]:
+        """The keys of targets and masks, which are mixed wherever the states are; as texts."""
+        return frozenset(map(str, (*self.targets, *self.masks)))
+
     def of(self, batch: Any, key: Key) -> Any:
         """Return the part of a batch at one of the keys found."""
         return self._getters[key](batch)
@@ -77,14 +82,6 @@ class Places:
     def targets_of(self, batch: Any) -> list[Any]:
         """Return the targets of a batch, in the order of their keys."""
         return [self._getters[key](batch) for key in self.targets]
-
-    def inputs_of(self, batch: Any) -> list[Any]:
-        """Return the inputs of a batch, in the order of their keys."""
-        return [self._getters[key](batch) for key in self.inputs]
-
-    def masks_of(self, batch: Any) -> list[Any]:
-        """Return the attention masks of a batch, in the order of their keys."""
-        return [self._getters[key](batch) for key in self.masks]
 
     def sample_of(self, batch: Any, group: int = 0) -> Tensor:
         """Return a target tensor of a group, from which the number of samples and the device are known."""
@@ -95,6 +92,10 @@ class Places:
         """Return the number of samples of a group."""
         sample = self.sample_of(batch, group)
         return sample.shape[self.target_dim if sample.ndim > self.target_dim else 0]
+
+    def sizes(self, batch: Any) -> list[int]:
+        """Return the number of samples of each group."""
+        return [self.samples(batch, group) for group in range(len(self.groups))]
 
     def rows_of(self, batch: Any) -> Tensor | None:
         """Return which samples are trained on, (n,) bool; None if all are, as far as the batch says.

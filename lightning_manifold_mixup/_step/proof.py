@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -186,22 +187,21 @@ class Proof:
         self.passes = 2
 
     def _swaps(self, trials: Trials, sites: Sequence[Site], permutations: Mixes) -> str | None:
-        trials = all_seen(trials, sites[0].places)
-        plain_run, train, reason = _plain_run(trials)
+        plain_run, trials, reason = _plain_run(all_seen(trials, sites[0].places))
         if plain_run is None:
             self._say(f"the swap oracle has no verdict ({reason})")
             return None
         wrong = None
         for site in sites:
-            wrong = wrong or trials.run(site, states=permutations, train=train)
-            finding = swap(trials, site, permutations, plain_run, wrong, train)
+            wrong = wrong or trials.run(site, states=permutations)
+            finding = swap(trials, site, permutations, plain_run, wrong)
             self._verdicts["swap", site.layer] = finding.verdict
             if finding.verdict is Verdict.UNDECIDED:
                 self._say(f"the swap oracle has no verdict ({finding.reason})")
-            elif finding.verdict is Verdict.FAILED and (mask := mask_from_tokens(trials, site, permutations, train)):
+            elif finding.verdict is Verdict.FAILED and (mask := mask_from_tokens(trials, site, permutations)):
                 self._warn(mask)
             elif finding.verdict is Verdict.FAILED:
-                why = explain(trials, site, permutations, plain_run, train)
+                why = explain(trials, site, permutations, plain_run)
                 return (
                     f"Manifold Mixup at {site.layer!r} would be wrong for this training step: {finding.reason}, so "
                     f"something else reaches the loss. {why} `self_check=False` switches this check off. No weight "
@@ -262,13 +262,17 @@ class Proof:
             rank_zero_info(f"Manifold Mixup, self-check: {what}.")
 
 
-def _plain_run(trials: Trials) -> tuple[Outcome | None, bool, str]:
-    """Run the step on the plain batch: in eval mode, or in training mode if it draws no random numbers there."""
+def _plain_run(trials: Trials) -> tuple[Outcome | None, Trials, str]:
+    """Run the step on the plain batch: in eval mode, or in training mode if it draws no random numbers there.
+
+    Returns:
+        What came out, None if it cannot be compared with anything; trials in that mode; and why there is nothing.
+    """
     reason = "the step skips the batch"
     for train in (False, True):
-        before = random_states(trials.module.parameters())
+        trials, before = replace(trials, train=train), random_states(trials.module.parameters())
         try:
-            outcome = trials.run(train=train)
+            outcome = trials.run()
         except NoGhostError:
             raise
         except Exception as error:  # any error of the user's code in eval mode
@@ -281,5 +285,5 @@ def _plain_run(trials: Trials) -> tuple[Outcome | None, bool, str]:
         elif train and not same_random_states(before, outcome.random):
             reason = "the step does not run in eval mode, and draws random numbers in training mode"
         else:
-            return outcome, train, ""
-    return None, True, reason
+            return outcome, trials, ""
+    return None, trials, reason

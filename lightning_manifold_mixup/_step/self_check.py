@@ -46,7 +46,7 @@ class Finding:
     reason: str = ""
 
 
-class _Comparison:
+class Comparison:
     """How far two outcomes are apart, measured against a third that is wrong on purpose.
 
     Args:
@@ -55,6 +55,12 @@ class _Comparison:
         wrong: what a mistake would give.
         same_states: whether all three come of the same states, so that their losses differ by the rounding of the loss
             alone, also where the states are coarse.
+
+    Attributes:
+        same_loss: whether the two losses agree.
+        same_gradient: whether their gradients do.
+        agree: whether both do.
+        power: whether the third differs, so that a mistake would show.
     """
 
     def __init__(self, got: Outcome, wanted: Outcome, wrong: Outcome, same_states: bool = False) -> None:
@@ -62,8 +68,10 @@ class _Comparison:
         coarse = max(got.precision, wanted.precision, wrong.precision)
         own = max(got.own, wanted.own, wrong.own)
         value = max(_accuracy(own, 100, 4), coarse / 16) if same_states else _accuracy(coarse, 100, 4)
-        self.value = self._compare("loss", value)
-        self.gradient = self._compare("gradient", _accuracy(coarse, 1000, 8))
+        self.same_loss, loss_tells = self._compare("loss", value)
+        self.same_gradient, gradient_tells = self._compare("gradient", _accuracy(coarse, 1000, 8))
+        self.agree = self.same_loss and self.same_gradient
+        self.power = loss_tells or gradient_tells
 
     def _compare(self, what: str, accuracy: float) -> tuple[bool, bool]:
         """Whether both agree, and whether that means anything."""
@@ -75,21 +83,13 @@ class _Comparison:
         tolerance = max(accuracy * scale, 1e-3 * power)
         return gap <= tolerance, power > 2 * tolerance
 
-    @property
-    def agree(self) -> bool:
-        return self.value[0] and self.gradient[0]
-
-    @property
-    def power(self) -> bool:
-        return self.value[1] or self.gradient[1]
-
 
 def _accuracy(precision: float, many: float, few: float) -> float:
     """Return what rounding may add up to: where numbers are coarse, little of it, or nothing would show."""
     return precision * (many if precision < 1e-5 else few)
 
 
-def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome | None, train: bool) -> Finding:
+def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Outcome | None) -> Finding:
     """Ask the swap oracle about one layer.
 
     Args:
@@ -98,22 +98,21 @@ def swap(trials: Trials, site: Site, mixes: Mixes, plain_run: Outcome, wrong: Ou
         mixes: a permutation of each group of samples, with lam 0.
         plain_run: the step on the batch as it is.
         wrong: the step with the states permuted and the labels as they are; None makes it.
-        train: whether the runs are in training mode (where the step cannot run in eval mode).
     """
-    wrong = wrong or trials.run(site, states=mixes, train=train)
-    swapped = trials.run(site, states=mixes, labels=mixes, how="partners", train=train)
+    wrong = wrong or trials.run(site, states=mixes)
+    swapped = trials.run(site, states=mixes, labels=mixes, how="partners")
     if plain_run.loss is None or swapped.loss is None or wrong.loss is None:
         return Finding(Verdict.NO_POWER)
     if not bool(torch.isfinite(plain_run.loss)):
         return Finding(Verdict.UNDECIDED, "the loss is not finite")
-    comparison = _Comparison(swapped, plain_run, wrong)
+    comparison = Comparison(swapped, plain_run, wrong)
     if comparison.agree:
         return Finding(Verdict.PASSED if comparison.power else Verdict.NO_POWER)
     for seed in _SEEDS:
-        again = trials.run(train=train, seed=seed)
-        if again.loss is None or not _Comparison(again, plain_run, wrong).value[0]:
+        again = trials.run(seed=seed)
+        if again.loss is None or not Comparison(again, plain_run, wrong).same_loss:
             return Finding(Verdict.UNDECIDED, "the loss of the plain batch changes with the random numbers")
-        if comparison.value[0] and not _Comparison(again, plain_run, wrong).gradient[0]:
+        if comparison.same_loss and not Comparison(again, plain_run, wrong).same_gradient:
             return Finding(Verdict.UNDECIDED, "the gradient of the plain batch changes with the random numbers")
     return Finding(
         Verdict.FAILED,
@@ -151,11 +150,11 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
     lines: set[Line] = set()
     for answers in ((0,), (1,), (-1,), (1, -1), (-1, 1)):  # as it is; then as it might be in another batch
         reads = Reads(answers)
-        unfit = len(trials.unfit)
+        unfit = len(trials.seen.unfit)
         try:
             with reads.watch():
                 got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
-            if len(trials.unfit) > unfit:  # a module was taken for a criterion and is none
+            if len(trials.seen.unfit) > unfit:  # a module was taken for a criterion and is none
                 reads = Reads(answers)
                 with reads.watch():
                     got = trials.run(site, states=mixes, labels=mixes, how="superposed", reader=reads)
@@ -167,7 +166,7 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
         finding = _compared(got, wanted, labels, partners)
         if finding.verdict is Verdict.FAILED and answers == (0,):
             again = trials.run(site, states=mixes, labels=mixes, how="labels")
-            if again.loss is None or not _Comparison(again, labels, partners, same_states=True).agree:
+            if again.loss is None or not Comparison(again, labels, partners, same_states=True).agree:
                 return Finding(Verdict.UNDECIDED, "the step gives another loss when it runs again"), lines
         if finding.verdict is Verdict.FAILED and answers != (0,):
             return Finding(Verdict.FAILED, "Python code reads a value that depends on the labels, and uses it"), lines
@@ -181,10 +180,10 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
 def _compared(got: Outcome, wanted: Outcome, labels: Outcome, partners: Outcome) -> Finding:
     if got.loss is None or wanted.loss is None:
         return Finding(Verdict.FAILED, "the step skipped the mixed batch, and no other")
-    comparisons = [_Comparison(got, wanted, wrong, same_states=True) for wrong in (labels, partners)]
+    comparisons = [Comparison(got, wanted, wrong, same_states=True) for wrong in (labels, partners)]
     power = any(comparison.power for comparison in comparisons)
     if not all(comparison.agree for comparison in comparisons):
-        if all(comparison.value[0] for comparison in comparisons):
+        if all(comparison.same_loss for comparison in comparisons):
             return Finding(Verdict.FAILED, "the gradient of the loss is not lam * that of L(y) + (1 - lam) * ...")
         formula = f"lam * L(y) + (1 - lam) * L(y[partners]) is {float(wanted.loss):.6g}"
         return Finding(Verdict.FAILED, f"the loss is {float(got.loss):.6g} where {formula}")

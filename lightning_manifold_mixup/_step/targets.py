@@ -111,7 +111,7 @@ class Superposition:
         self.holds_labels = True
         return self.hold(*self.ordered(labels, partners), steady=True, averaged=False)  # type: ignore[no-any-return]
 
-    def hold(self, first: Tensor, second: Tensor, steady: bool, averaged: bool, tensor: Any = None) -> Any:
+    def hold(self, first: Tensor, second: Tensor, *, steady: bool, averaged: bool, tensor: Any = None) -> Any:
         """Hold a value under both labellings in a new tensor, or in a plain one that labels are written into."""
         dtype, apart = first.dtype, tensor is not None
         kind = KINDS[dtype.is_floating_point or dtype.is_complex]
@@ -271,10 +271,13 @@ def superpositions(tree: Any) -> list[Superposition]:
     return list(found.values())
 
 
-def labelling(tree: Any, dominant: bool) -> Any:
-    """Return the structure under one labelling, the dominant one or the other, as plain tensors."""
+def labellings(tree: Any) -> tuple[Any, Any]:
+    """Return a structure under each labelling, the dominant one first, as plain tensors."""
 
-    def pick(value: Superposed) -> Tensor:
-        return value.first if dominant or not value.superposition.open else value.second
+    def first(value: Superposed) -> Tensor:
+        return value.first
 
-    return apply_to_collection(tree, Superposed, pick)
+    def second(value: Superposed) -> Tensor:
+        return value.second if value.superposition.open else value.first
+
+    return apply_to_collection(tree, Superposed, first), apply_to_collection(tree, Superposed, second)

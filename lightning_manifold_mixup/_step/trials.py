@@ -62,12 +62,10 @@ class Outcome:
 
 
 @dataclass
-class Trials:
-    """Runs the user's training step on ghosts, under chosen conditions.
+class Seen:
+    """What runs of a training step have shown, whatever their conditions were.
 
     Attributes:
-        module: the LightningModule, which stays as it is.
-        call: what its training step was called with.
         unfit: names of modules that were taken for criteria, and are none.
         fired: names of the criteria, modules that were handed labels in superposition.
         superposed: whether any run had labels in superposition.
@@ -75,13 +73,32 @@ class Trials:
         writes_batch: whether the step writes into tensors of its batch.
     """
 
-    module: Any
-    call: Call
     unfit: set[str] = field(default_factory=set)
     fired: set[str] = field(default_factory=set)
     superposed: bool = False
     written: set[nn.Parameter] = field(default_factory=set)
     writes_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Runs the user's training step on ghosts, under chosen conditions.
+
+    Attributes:
+        module: the LightningModule, which stays as it is.
+        call: what its training step was called with.
+        train: whether it runs in training mode, or else in eval mode without autocast.
+        seen: what the runs have shown; shared with trials on other batches or in the other mode (``replace``).
+    """
+
+    module: Any
+    call: Call
+    train: bool = True
+    seen: Seen = field(default_factory=Seen)
+
+    def on(self, batch: Any) -> Trials:
+        """Return the same trials on another batch."""
+        return replace(self, call=self.call.on(batch))
 
     def run(
         self,
@@ -90,7 +107,6 @@ class Trials:
         states: Mixes = (),
         labels: Mixes = (),
         how: How = "labels",
-        train: bool = True,
         also: Iterable[Any] = (),
         around: Callable[[nn.Module, ExitStack], None] | None = None,
         reader: Reader | None = None,
@@ -104,7 +120,6 @@ class Trials:
             states: how they are mixed, for each group of samples; none leaves them as they are.
             labels: how the targets are.
             how: integer labels; see ``Site.mixed``.
-            train: in training mode, or in eval mode without autocast.
             also: keys of further parts of the batch, which are permuted like the labels.
             around: called with the ghost, to hook it.
             reader: of host reads; see ``Superposition``.
@@ -114,12 +129,12 @@ class Trials:
         ghost, superposition = ghost_of(self.module), None
         batch = batch_of_ghosts(self.call.batch)
         untouched = [(tensor, tensor._version) for tensor in batches.tensors(batch)]
-        if not train:
+        if not self.train:
             ghost.eval()
         with ExitStack() as stack:
             writes = stack.enter_context(isolated(self.module))
             stack.enter_context(out_of_reach(self.module))
-            if not train:
+            if not self.train:
                 stack.enter_context(torch.autocast(self._device, enabled=False))
             if seed is not None:
                 _seed_all(seed)
@@ -133,8 +148,8 @@ class Trials:
                 for key in also:
                     batch = batches.replaced(batch, key, batches.get(batch, key)[labels[0].partners])
                 if states:
-                    site.hook(ghost, states, stack, in_eval=not train)
-            hooks = criterion_hooks(ghost, without=self.unfit)
+                    site.hook(ghost, states, stack, in_eval=not self.train)
+            hooks = criterion_hooks(ghost, without=self.seen.unfit)
             heads = _Heads(ghost, stack)
             if around is not None:
                 around(ghost, stack)
@@ -148,11 +163,12 @@ class Trials:
             outcome = heads.outcome(states_after, used)
             if superposition is not None and superposition.inspected:
                 outcome = replace(outcome, inspected=True)
-        self.written |= writes.found
-        self.writes_batch |= any(tensor._version != version for tensor, version in untouched)
-        self.superposed |= superposition is not None and superposition.holds_labels
-        self.unfit |= {name for name, hook in hooks.items() if hook.unfit}
-        self.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
+        seen = self.seen
+        seen.written |= writes.found
+        seen.writes_batch |= any(tensor._version != version for tensor, version in untouched)
+        seen.superposed |= superposition is not None and superposition.holds_labels
+        seen.unfit |= {name for name, hook in hooks.items() if hook.unfit}
+        seen.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
         return outcome
 
     @property

@@ -26,7 +26,7 @@ def consistency_weight(step: int, ramp_steps: float, w_max: float) -> float:
     return w_max * math.exp(-5 * (1 - t) ** 2)
 
 
-def consistency_loss(logits: Tensor, target_logits: Tensor, softmax: bool) -> Tensor:
+def consistency_loss(logits: Tensor, target_logits: Tensor, *, softmax: bool) -> Tensor:
     """Mean squared error over samples and classes, in at least float32.
 
     Args:
