@@ -43,8 +43,8 @@ T = TypeVar("T")
 class _Known:
     """What is no field of a draw: the compiler of torch 2.6 makes a new graph for another value of any field."""
 
-    _permutation: bool  # partners are known not to repeat: a faster gradient
-    _number: float | None  # lam, if the host knows it without asking a device
+    permutation: bool
+    number: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,8 @@ class Mix(_Known):
             sample.
         partners: (n,) int64 tensor of indices into the batch; ``partners[i]`` is the partner of sample i. A permutation
             is the fastest; a sample may also be the partner of several others, or of none.
+        permutation: whether the partners are known not to repeat, which makes the gradient faster.
+        number: lam, where there is one and the host knows it without asking a device; else None.
 
     Raises:
         TypeError: if ``lam`` or ``partners`` is no tensor, or one of another dtype.
@@ -73,14 +75,14 @@ class Mix(_Known):
     partners: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_permutation", check_draw(self.lam, self.partners))
-        object.__setattr__(self, "_number", number_of(self.lam))
+        object.__setattr__(self, "permutation", check_draw(self.lam, self.partners))
+        object.__setattr__(self, "number", number_of(self.lam))
 
     @classmethod
     def _checked(cls, lam: Tensor, partners: Tensor, permutation: bool, number: float | None) -> Mix:
         """Return a mix of values that are known to be right."""
         mix = object.__new__(cls)
-        vars(mix).update(lam=lam, partners=partners, _permutation=permutation, _number=number)
+        vars(mix).update(lam=lam, partners=partners, permutation=permutation, number=number)
         return mix
 
     def __call__(self, h: T, batch_dim: int | Sequence[int | None] | None = None) -> T:
@@ -116,8 +118,8 @@ class Mix(_Known):
             raise MixingError(wrong_shape(h, n, f"in dimension {dim}"))
         # A compiler differentiates plain operations itself; torch 2.11 makes the gradient of the Function below zero.
         if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
-            return interpolate(h, self.lam, self.partners, dim, permutation=self._permutation)  # type: ignore[return-value]
-        return differentiable(h, self.lam, self.partners, dim, self._permutation, self._number)  # type: ignore[return-value]
+            return interpolate(h, self.lam, self.partners, dim, permutation=self.permutation)  # type: ignore[return-value]
+        return differentiable(h, self.lam, self.partners, dim, self.permutation, self.number)  # type: ignore[return-value]
 
     def target(self, y: T) -> T:
         """Return the labels of the mixed samples (section 2, step 3).
@@ -161,7 +163,7 @@ class Mix(_Known):
         lam, partners = self.lam, self.partners
         if lam.device == partners.device == device:
             return self
-        return Mix._checked(sent(lam, device), sent(partners, device), self._permutation, self._number)
+        return Mix._checked(sent(lam, device), sent(partners, device), self.permutation, self.number)
 
 
 @dataclass(frozen=True, eq=False)

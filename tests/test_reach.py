@@ -121,8 +121,8 @@ def test_float64_is_asked_of_devices_that_have_it():
 @pytest.mark.parametrize("permutation", [True, False])
 def test_other_devices_mix_by_operations_that_all_of_them_have(lam, permutation, monkeypatch):
     """A device that is neither a CPU nor CUDA, as Apple's: no row by row, no kernel, and the same shape of graph."""
-    monkeypatch.setattr(interpolation, "_row_by_row", None)
-    monkeypatch.setattr(interpolation, "_kernel", None)
+    monkeypatch.setattr(interpolation, "row_by_row", None)
+    monkeypatch.setattr(interpolation, "kernel_for", None)
     h = torch.empty(4, 3, device="meta", requires_grad=True)
     partners = torch.arange(4, device="meta")
     mixed = interpolation.differentiable(h, lam.to("meta"), partners, 0, permutation, None)

@@ -84,3 +84,48 @@ def test_docstrings_have_no_other_marks_than_double_backticks():
         (name, re.sub(r"``[^`]+``|^ *>>> (.|\n(?! *\n))*", "", text, flags=re.MULTILINE)) for name, text in strings
     )
     assert not [(name, found) for name, text in prose for found in re.findall(r".*`.*", text)]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The names with one underscore that a file defines: functions, classes, variables, attributes of its objects."""
+    defined = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node):
+            defined.add(node.attr)
+    return set(filter(is_private, defined))
+
+
+def is_own(node: ast.Attribute) -> bool:
+    return ast.unparse(node.value) in ("self", "cls", "super()")
+
+
+def private_reads(tree: ast.AST) -> Iterator[str]:
+    """The names with one underscore that a file takes from modules, and from other objects than its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.Attribute) and not is_own(node) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            yield from (name for text in texts if is_private(name := text.rpartition(".")[2]))
+
+
+def test_private_names_are_used_in_the_file_that_defines_them_alone():
+    """Also in the tests. Names that the package does not define are those of torch and Lightning."""
+    trees = {path: parsed(path) for path in [*FILES.values(), *Path(__file__).parent.rglob("*.py")]}
+    ours = set().union(*(private_names(trees[path]) for path in FILES.values())) - {"_step"}
+    assert not [
+        (path.name, name)
+        for path, tree in trees.items()
+        for name in private_reads(tree)
+        if name in ours - private_names(tree)
+    ]

@@ -138,7 +138,7 @@ class Fit:
         self._checked = False
         hook = self._hooks.get(layer) if layer else None
         self._armed = [*self._target_hooks] if hook is None else [hook, *self._target_hooks]
-        superposition = Superposition(mixes[0].lam, mixes[0]._number).to(mixes[0].partners.device)
+        superposition = Superposition(mixes[0].lam, mixes[0].number).to(mixes[0].partners.device)
         self.step = Step(self.module, self._site(layer or "", places), mixes, hook, superposition, self._written)
         self.call_settles = layer is None
         for target_hook in self._target_hooks:

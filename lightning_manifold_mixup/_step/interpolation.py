@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 # The fewest elements that PyTorch gives to one thread. A row with so many for each thread is worth its own call.
-_GRAIN = 1 << 15
+GRAIN = 1 << 15
 # Up to as many elements, the operations of PyTorch with their own gradients take less time than a Function in Python.
-_SMALL = 1 << 14
+SMALL = 1 << 14
 # Devices whose numbers the host reads without waiting.
-_HOSTS = {"cpu"}
+HOSTS = {"cpu"}
 
 
 def is_small(h: Tensor) -> bool:
     """Whether ``torch.lerp(h.index_select(dim, partners), h, lam)`` mixes a state faster, and as exactly."""
-    return h.numel() <= _SMALL and h.dtype.itemsize >= 4 and h.device.type in _HOSTS
+    return h.numel() <= SMALL and h.dtype.itemsize >= 4 and h.device.type in HOSTS
 
 
 class Interpolate(torch.autograd.Function):
@@ -94,15 +94,15 @@ def interpolate(
     # With one lam the transpose of a permutation is a torch.lerp like the map itself. Where samples are left out or
     # repeated, it sums. In half precision torch.lerp takes a number in float32, but rounds a tensor of lams.
     lerp = permutation or not transposed
-    if lerp and h.device.type in _HOSTS and (not lam.ndim or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
+    if lerp and h.device.type in HOSTS and (not lam.ndim or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
         # Row by row takes one pass, but each row must be contiguous, keep all threads busy and be worth a call.
-        if h.stride(dim) >= _GRAIN * torch.get_num_threads():
-            mixed = _row_by_row(h, lam, partners, dim, transposed)
+        if h.stride(dim) >= GRAIN * torch.get_num_threads():
+            mixed = row_by_row(h, lam, partners, dim, transposed)
         else:
             partner = h.index_select(dim, partners.argsort() if transposed else partners)
             weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
             mixed = partner.lerp_(h, _along(dim, weight, h) if lam.ndim else weight)
-    elif lerp and h.device.type == "cuda" and (kernel := _kernel(h.device)):
+    elif lerp and h.device.type == "cuda" and (kernel := kernel_for(h.device)):
         mixed = kernel(h, lam, partners, dim, transposed)
     else:
         mixed = _plain(h, lam, partners, dim, transposed, permutation)
@@ -134,13 +134,13 @@ def _add_rows(sums: Tensor, rows: Tensor, targets: Tensor, dim: int) -> Tensor:
     return sums.index_add_(dim, targets, rows)  # on CPUs, index_put_ may take another order
 
 
-def _row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
+def row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
     # With a number, half precision is mixed in float32. A tensor is handed over faster, which counts here.
     weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
     mixed = torch.empty_like(h)
     rows, results, partner_of = h.unbind(dim), mixed.unbind(dim), partners.tolist()
     weights = weight.unbind() if lam.ndim else [weight] * len(rows)
-    for i in _along_cycles(partner_of):
+    for i in along_cycles(partner_of):
         j = partner_of[i]
         if transposed:
             torch.lerp(rows[i], rows[j], weights[i], out=results[j])
@@ -149,7 +149,7 @@ def _row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
     return mixed
 
 
-def _along_cycles(partners: list[int]) -> list[int]:
+def along_cycles(partners: list[int]) -> list[int]:
     """Order all samples so that most come just before their partner, whose row is then still in the cache."""
     order: list[int] = []
     seen = [False] * len(partners)
@@ -162,7 +162,7 @@ def _along_cycles(partners: list[int]) -> list[int]:
 
 
 @cache
-def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+def kernel_for(device: torch.device) -> Callable[..., Tensor] | None:
     """Return the kernel for a CUDA device; None where there is no Triton (Windows, macOS), or none that works.
 
     It is tried on two numbers first: Triton needs a C compiler, and does not support every GPU.

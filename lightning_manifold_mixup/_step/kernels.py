@@ -32,7 +32,7 @@ def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
     grid = (h.numel() // inner * blocks,)
     double = h.dtype.itemsize == 8
     with torch.cuda.device(h.device):
-        _mix[grid](
+        mix_rows[grid](
             h,
             mixed,
             lam.contiguous(),
@@ -50,7 +50,7 @@ def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _mix(  # type: ignore[no-untyped-def]
+def mix_rows(  # type: ignore[no-untyped-def]
     h_pointer,
     mixed_pointer,
     lam_pointer,

@@ -43,13 +43,13 @@ def hyperparameters(loggers: Iterable[Any], callback: Any) -> None:
         "layers": ", ".join(f"{index}: {name}" for index, name in enumerate(callback.layers_)),
         "probability": callback.probability,
         "seed": callback.state_dict()["seed"],
-        **{name: _version(name) for name in ("lightning-manifold-mixup", "lightning", "torch")},
+        **{name: _version_of(name) for name in ("lightning-manifold-mixup", "lightning", "torch")},
     }
     for logger in loggers:
         logger.log_hyperparams({f"{PREFIX}/{name}": value for name, value in values.items()})
 
 
-def _version(package: str) -> str:
+def _version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:  # a copy of the source that is not installed

@@ -38,7 +38,7 @@ class Proof:
     """
 
     def __init__(self, trainer: Any, enabled: bool, passes: Passes, decided: int | None) -> None:
-        self._trainer = trainer
+        self.trainer = trainer
         self.enabled = enabled
         self._wanted = passes
         self.passes = 2 if passes == 2 else decided
@@ -238,7 +238,7 @@ class Proof:
 
     def _decide_for_two(self, reason: str, again: bool) -> str | None:
         """Go over to two passes; if that is not possible, return why."""
-        if self._wanted == 1 or not self._trainer.lightning_module.automatic_optimization:
+        if self._wanted == 1 or not self.trainer.lightning_module.automatic_optimization:
             how = "`passes=1`" if self._wanted == 1 else "manual optimization"
             return (
                 f"Manifold Mixup cannot follow this training step with labels in superposition: {reason}. Under {how} "
@@ -249,7 +249,7 @@ class Proof:
         return None
 
     def _on_all_ranks(self, decision: bool) -> bool:
-        return bool(self._trainer.strategy.reduce_boolean_decision(decision, all=True))
+        return bool(self.trainer.strategy.reduce_boolean_decision(decision, all=True))
 
     def _warn(self, what: str) -> None:
         if what not in self._said:

@@ -58,7 +58,7 @@ class Flow(Recording):
         # By memory: the content that was written last; parameters, with their number of dimensions; what comes from the
         # targets; and controls, with the content that they were made from.
         self._latest: dict[int, int] = {}
-        self._parameters: dict[int, int] = {}
+        self._ndims: dict[int, int] = {}
         self._targets: set[int] = set()
         self._controls: dict[int, tuple[int, ...]] = {}
         self._state: set[int] = set()
@@ -86,7 +86,7 @@ class Flow(Recording):
             if parameter is not None:
                 key = self._key(parameter)
                 self._state.add(key)
-                self._parameters[key] = max(self._parameters.get(key, 1), parameter.ndim)
+                self._ndims[key] = max(self._ndims.get(key, 1), parameter.ndim)
         self._state.update(self._key(buffer) for buffer in buffers if buffer is not None)
 
     def node(self, tensor: Tensor) -> int | None:
@@ -128,9 +128,9 @@ class Flow(Recording):
         weight = 0
         for read in reads:
             key = self._key(read.tensor)
-            if key in self._parameters:
+            if key in self._ndims:
                 # A single number computed from weights, such as their norm, does not count as a weight.
-                weight = max(weight, self._parameters[key] if read.tensor.ndim else 1)
+                weight = max(weight, self._ndims[key] if read.tensor.ndim else 1)
             elif _is_content(read.tensor) and (node := self._find(read)) is not None:
                 content[node] = None
                 if read.requires_grad:
@@ -151,7 +151,7 @@ class Flow(Recording):
             elif content or origins:
                 self._controls[key] = tuple(content | origins)
             elif weight and _is_content(tensor):
-                self._parameters[key] = weight
+                self._ndims[key] = weight
             if targeted and carrying:
                 self._targets.discard(key)
             elif targeted:

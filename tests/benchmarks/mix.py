@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup._step.interpolation import _GRAIN
+from lightning_manifold_mixup._step.interpolation import GRAIN
 
 from .measure import Measure, Section, keep_memory
 
@@ -96,7 +96,7 @@ def limit(h: Tensor, dim: int, lerp: float) -> float:
     """What forward can come to at best, over a copy; ``lerp`` is what torch.lerp takes."""
     if h.device.type == "cuda":
         return ONE_PASS["cuda"]
-    one_pass = h.stride(dim) >= _GRAIN * torch.get_num_threads()
+    one_pass = h.stride(dim) >= GRAIN * torch.get_num_threads()
     if h.dtype.itemsize < 4:
         return max(lerp, ONE_PASS["cpu"]) + (not one_pass)
     if min(h.stride()) > 1:

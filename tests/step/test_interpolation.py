@@ -55,9 +55,9 @@ def draws(n: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One way to compute it on the CPU: row by row, as a whole, or by the operations that other devices take."""
     if request.param == "plain":
-        monkeypatch.setattr(interpolation, "_HOSTS", set())
+        monkeypatch.setattr(interpolation, "HOSTS", set())
     else:
-        monkeypatch.setattr(interpolation, "_GRAIN", 1 if request.param == "rows" else 1 << 60)
+        monkeypatch.setattr(interpolation, "GRAIN", 1 if request.param == "rows" else 1 << 60)
     return request.param
 
 
@@ -170,8 +170,8 @@ def test_the_input_is_left_alone(path: str) -> None:
 
 
 def test_every_row_comes_before_its_partner_in_a_cycle() -> None:
-    assert interpolation._along_cycles([2, 0, 1, 4, 3, 5]) == [0, 2, 1, 3, 4, 5]
-    assert interpolation._along_cycles([1, 1, 0, 2]) == [0, 1, 2, 3]
+    assert interpolation.along_cycles([2, 0, 1, 4, 3, 5]) == [0, 2, 1, 3, 4, 5]
+    assert interpolation.along_cycles([1, 1, 0, 2]) == [0, 1, 2, 3]
 
 
 def test_a_large_state_needs_no_temporary() -> None:
@@ -249,7 +249,7 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str, per_sa
     triton = importlib.import_module("triton")
     source = importlib.import_module("triton.compiler").ASTSource
     target = importlib.import_module("triton.backends.compiler").GPUTarget
-    from lightning_manifold_mixup._step.kernels import _mix
+    from lightning_manifold_mixup._step.kernels import mix_rows
 
     constants = {"transposed": True, "per_sample": per_sample, "double": dtype == "fp64", "block": 2048}
     signature = {
@@ -263,7 +263,7 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str, per_sa
         **dict.fromkeys(constants, "constexpr"),
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}  # the pointers, and `inner`
-    kernel = source(_mix, signature, constants, aligned)
+    kernel = source(mix_rows, signature, constants, aligned)
     options = {"enable_fp_fusion": True}
     assembly = triton.compile(kernel, target=target("cuda", 90, 32), options=options).asm["ptx"]
     assert f"ld.global.{words}" in assembly
@@ -272,15 +272,15 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str, per_sa
 
 @pytest.fixture
 def no_kernel_known() -> Iterator[None]:
-    interpolation._kernel.cache_clear()
+    interpolation.kernel_for.cache_clear()
     yield
-    interpolation._kernel.cache_clear()
+    interpolation.kernel_for.cache_clear()
 
 
 @pytest.mark.usefixtures("no_kernel_known")
 def test_without_triton_the_plain_operations_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning_manifold_mixup._step.kernels", None)
-    assert interpolation._kernel(torch.device("cpu")) is None
+    assert interpolation.kernel_for(torch.device("cpu")) is None
 
 
 @pytest.mark.usefixtures("no_kernel_known")
@@ -294,8 +294,8 @@ def test_a_triton_that_does_not_work_is_said_once_and_not_taken(monkeypatch: pyt
         sys.modules, "lightning_manifold_mixup._step.kernels", types.SimpleNamespace(interpolate=broken)
     )
     with pytest.warns(UserWarning, match=r"Failed to find C compiler.*twice as long"):
-        assert interpolation._kernel(torch.device("cpu")) is None
-    assert interpolation._kernel(torch.device("cpu")) is None  # a second warning would be an error here
+        assert interpolation.kernel_for(torch.device("cpu")) is None
+    assert interpolation.kernel_for(torch.device("cpu")) is None  # a second warning would be an error here
 
 
 def test_a_draw_on_the_host_mixes_a_state_on_a_device() -> None:

@@ -58,7 +58,7 @@ def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of all devices but the CPU, where reading lam on the host is no wait."""
     from lightning_manifold_mixup._step import interpolation
 
-    monkeypatch.setattr(interpolation, "_HOSTS", set())
+    monkeypatch.setattr(interpolation, "HOSTS", set())
 
 
 class Classifier(L.LightningModule):
@@ -274,7 +274,7 @@ def test_small_and_large_states_are_mixed_alike(layer: str, monkeypatch: pytest.
     """By PyTorch's operations with their own gradients, and by ours."""
     weights = []
     for small in (0, 1 << 14):
-        monkeypatch.setattr("lightning_manifold_mixup._step.interpolation._SMALL", small)
+        monkeypatch.setattr("lightning_manifold_mixup._step.interpolation.SMALL", small)
         torch.manual_seed(1)
         after = Weights()
         fit(ManifoldMixupCallback(layers=[layer], seed=0), after)
