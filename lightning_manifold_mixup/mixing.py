@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step.batch import tensors
 from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.dims import batch_dims, is_state, wrong_shape
-from lightning_manifold_mixup._step.draw_check import check_draw, number_of
+from lightning_manifold_mixup._step.draw_check import check_draw, check_target, number_of
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import differentiable, interpolate
 from lightning_manifold_mixup._step.mixed_target import MixedTarget
@@ -133,22 +133,12 @@ class Mix(_Known):
             The mixed target, in the structure of ``y``.
 
         Raises:
-            TypeError: for float16 and complex targets, and where there is no tensor.
+            TypeError: for float16, complex and sparse targets, and where there is no tensor.
             ValueError: if a tensor does not hold n samples.
         """
 
         def mix(labels: Tensor) -> Tensor:
-            n = len(self.partners)
-            if labels.ndim == 0 or len(labels) != n:
-                raise ValueError(
-                    f"Expected a target of {n} samples in dimension 0, as the batch has, got shape "
-                    f"{tuple(labels.shape)}."
-                )
-            if labels.dtype == torch.float16 or labels.is_complex():
-                raise TypeError(
-                    f"A target of dtype {labels.dtype} cannot be mixed: class indices are integer (`y.long()`), and "
-                    "soft or continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
-                )
+            check_target(labels, len(self.partners))
             if labels.is_floating_point():
                 return self(labels, batch_dim=0)
             return MixedTarget(labels, labels[self.partners], self.lam)

@@ -234,6 +234,8 @@ class TestTarget:
         assert type(target["value"]) is torch.Tensor
 
     def test_refusals(self):
+        with pytest.raises(TypeError, match=r"A sparse target .* cannot be mixed: hand it on as `y.to_dense\(\)`"):
+            MIX.target(torch.eye(4).to_sparse())
         with pytest.raises(TypeError, match=r"float16 cannot be mixed.*y\.long\(\)"):
             MIX.target(torch.rand(4).half())
         with pytest.raises(ValueError, match=r"target of 4 samples in dimension 0.*got shape \(3,\)"):

@@ -1,4 +1,4 @@
-"""Checks that lam and partners are a draw, where that does not wait for a device."""
+"""Checks that lam and partners are a draw, where that does not wait for a device; and that a target can be mixed."""
 
 from __future__ import annotations
 
@@ -38,6 +38,38 @@ def check_draw(lam: Any, partners: Any) -> bool:
     if n and not (indices.min() >= 0 and indices.max() < n):
         raise ValueError(f"Expected partners in 0..{n - 1}, indices into the batch of {n}, got {indices.tolist()}.")
     return n == 0 or bool(np.bincount(indices, minlength=n).max() == 1)
+
+
+def check_target(target: Tensor, n: int, dim: int = 0) -> None:
+    """Refuse a target that cannot be mixed.
+
+    Args:
+        target: a tensor of the batch.
+        n: the number of samples.
+        dim: the dimension that counts them.
+
+    Raises:
+        ValueError: if it does not hold n samples.
+        TypeError: for float16, complex and sparse targets.
+
+    Example:
+        >>> check_target(torch.zeros(4, dtype=torch.float16), n=4)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        TypeError: A target of dtype torch.float16 cannot be mixed: class indices are integer (`y.long()`), and soft ...
+    """
+    if target.ndim <= dim or target.shape[dim] != n:
+        raise ValueError(
+            f"Expected a target of {n} samples in dimension {dim}, as the batch has, got shape {tuple(target.shape)}."
+        )
+    if target.layout != torch.strided:
+        raise TypeError(f"A sparse target ({target.layout}) cannot be mixed: hand it on as `y.to_dense()`.")
+    dtype = target.dtype
+    if dtype == torch.float16 or dtype.is_complex:
+        raise TypeError(
+            f"A target of dtype {dtype} cannot be mixed: class indices are integer (`y.long()`), and soft or "
+            "continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
+        )
 
 
 def number_of(lam: Tensor) -> float | None:

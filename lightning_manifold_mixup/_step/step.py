@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step import batch as batches
 from lightning_manifold_mixup._step.call import Call, loss_of, with_loss
 from lightning_manifold_mixup._step.criteria import plain_metrics
+from lightning_manifold_mixup._step.draw_check import check_target
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
 from lightning_manifold_mixup._step.names import marks_padding
@@ -118,24 +119,10 @@ class Site:
 
     def _label(self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, classes: bool) -> Tensor:
         dim = self.places.target_dim if target.ndim > self.places.target_dim else 0
-        n = mix.partners.shape[0]
-        if target.ndim == 0 or target.shape[dim] != n:
-            raise ValueError(
-                f"Expected a target of {n} samples in dimension {dim}, as the batch has, got shape "
-                f"{tuple(target.shape)}."
-            )
-        if target.layout != torch.strided:
-            raise TypeError(f"A sparse target ({target.layout}) cannot be mixed: hand it on as `y.to_dense()`.")
-        dtype = target.dtype
-        if dtype.is_floating_point or dtype.is_complex:
-            if dtype == torch.float16 or dtype.is_complex:
-                raise TypeError(
-                    f"A target of dtype {dtype} cannot be mixed: class indices are integer (`y.long()`), and soft or "
-                    "continuous labels need the precision of bfloat16, float32 or float64 (`y.float()`)."
-                )
-            if not classes:
-                mixed = mix(target, dim)
-                return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
+        check_target(target, mix.partners.shape[0], dim)
+        if target.is_floating_point() and not classes:
+            mixed = mix(target, dim)
+            return remember_original(mixed, target) if self.layer != INPUT and self.places.shared else mixed
         if how == "labels":
             return target
         indices = mix.partners
