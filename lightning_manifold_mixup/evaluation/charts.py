@@ -24,7 +24,7 @@ COLOURS = {
     "dropout": "#d55e00",  # vermilion
     "noise": "#8c564b",  # brown
     "batch norm": "#6a3d9a",  # violet
-    "EMA teacher": "#332288",  # indigo
+    "EMA teacher": "#882255",  # wine
     "own teacher": "#44aa99",  # teal
 }
 """The colour of each method. People who see few colours can tell none, input and manifold apart (Okabe and Ito)."""
