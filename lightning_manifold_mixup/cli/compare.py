@@ -22,7 +22,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.cli.runs import LABELS, LAST, Result, Run, train, version, write
 from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
-from lightning_manifold_mixup.evaluation import mean_and_std, plus_minus, print_table, write_report
+from lightning_manifold_mixup.evaluation import (
+    COLOURS,
+    decimals_of,
+    mean_and_std,
+    plot_seeds,
+    plus_minus,
+    print_table,
+    write_report,
+)
 from lightning_manifold_mixup.paper import recipes
 from lightning_manifold_mixup.paper.quiet import quiet_lightning
 
@@ -150,7 +158,7 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows of ``summary``, each mean beside its standard deviation."""
     table = [
         {
-            name: plus_minus(value, row[f"{name} std"]) if f"{name} std" in row else value
+            name: plus_minus(value, row[f"{name} std"], decimals_of(name)) if f"{name} std" in row else value
             for name, value in row.items()
             if not name.endswith(" std")
         }
@@ -161,53 +169,38 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(results: Sequence[Result]) -> Figure:
-    """Draw means as bars and seeds as dots.
+    """Draw means as lines and seeds as dots.
 
     Args:
         results: of runs.
 
     Returns:
-        A figure with a row of panels for each recipe; if there is only one method, with a bar for each recipe instead.
+        A figure with a row of panels for each recipe; with one method alone, one row with a column for each recipe.
     """
-    figures = require("matplotlib.figure", "cli")
     names = list(dict.fromkeys(result["recipe"] for result in results))
     methods = [method for method in LABELS if any(result["method"] == method for result in results)]
     metrics = _compared(results)
-    colours = dict(zip(LABELS, ("#8c8c8c", "#e69f00", "#0072b2", "#009e73"), strict=True))
-    bars = {
+    columns = {
         name: [
-            (LABELS[method], colours[method], [r for r in results if r["recipe"] == name and r["method"] == method])
+            (LABELS[method], COLOURS[method], [r for r in results if r["recipe"] == name and r["method"] == method])
             for method in methods
         ]
         for name in names
     }
     if len(methods) == 1 and len(names) > 1:
         title = LABELS[methods[0]]
-        bars = {title: [(name, colour, group) for name, [(_, colour, group)] in bars.items()]}
-    width = max(3.4, 0.9 * max(map(len, bars.values())))
-    figure = figures.Figure(figsize=(width * len(metrics), 0.6 + 2.6 * len(bars)), layout="constrained")
-    figure.suptitle("Test set after the last epoch: mean (bar) and seeds (dots)")
-    panels = figure.subplots(len(bars), len(metrics), squeeze=False)
-    for (title, row), line in zip(bars.items(), panels, strict=True):
+        columns = {title: [(name, colour, group) for name, [(_, colour, group)] in columns.items()]}
+    width = max(3.4, 0.9 * max(map(len, columns.values())))
+    size = (width * len(metrics), 0.6 + 2.6 * len(columns))
+    figure: Figure = require("matplotlib.figure", "cli").Figure(figsize=size, layout="constrained")
+    figure.suptitle("Test set after the last epoch: mean (line) and seeds (dots)")
+    panels = figure.subplots(len(columns), len(metrics), squeeze=False)
+    for (title, row), line in zip(columns.items(), panels, strict=True):
         for metric, panel in zip(metrics, line, strict=True):
-            for position, (_, colour, group) in enumerate(row):
-                values = [value_of(result, metric) for result in group]
-                if not values or any(map(math.isnan, values)):
-                    continue
-                mean = float(np.mean(values))
-                panel.bar(position, mean, width=0.7, color=colour)
-                panel.scatter([position] * len(values), values, s=14, color="black", zorder=3)
-                panel.annotate(
-                    f"{mean:.3g}", (position, max(values)), (0, 4), textcoords="offset points", ha="center", fontsize=9
-                )
-            panel.margins(y=0.15)
-            panel.set_xlim(-0.6, len(row) - 0.4)
-            panel.set_ylim(bottom=0)
-            labels = [label.replace(" ", "\n", 1).replace("-", "-\n") for label, *_ in row]
-            panel.set_xticks(range(len(row)), labels, fontsize=9)
-            panel.set_title(f"{title}: {NUMBERS.get(metric, metric)}", fontsize=10)
-            panel.spines[["top", "right"]].set_visible(False)
-    return figure  # type: ignore[no-any-return]
+            values = ((name, colour, [value_of(result, metric) for result in group]) for name, colour, group in row)
+            groups = [(name, colour, [] if any(map(math.isnan, found)) else found) for name, colour, found in values]
+            plot_seeds(panel, groups, f"{title}: {NUMBERS.get(metric, metric)}")
+    return figure
 
 
 def _compared(results: Sequence[Result]) -> list[str]:

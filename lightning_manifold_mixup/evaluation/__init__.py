@@ -10,6 +10,7 @@ from lightning_manifold_mixup.evaluation.calibration import (
     plot_interpolation,
     plot_reliability,
 )
+from lightning_manifold_mixup.evaluation.charts import COLOURS, plot_seeds, tint
 from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, noise_like
 from lightning_manifold_mixup.evaluation.deformations import (
     DEFORMATIONS,
@@ -26,10 +27,11 @@ from lightning_manifold_mixup.evaluation.spectrum import (
     plot_spectrum,
     spectrum_summary,
 )
-from lightning_manifold_mixup.evaluation.tables import console, mean_and_std, plus_minus, print_table
+from lightning_manifold_mixup.evaluation.tables import console, decimals_of, mean_and_std, plus_minus, print_table
 from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 
 __all__ = [
+    "COLOURS",
     "DEFORMATIONS",
     "AttackCallback",
     "CalibrationCallback",
@@ -43,6 +45,7 @@ __all__ = [
     "brier_score",
     "confidence",
     "console",
+    "decimals_of",
     "deform",
     "fgsm",
     "fit_temperature",
@@ -55,9 +58,11 @@ __all__ = [
     "plot_histogram",
     "plot_interpolation",
     "plot_reliability",
+    "plot_seeds",
     "plot_spectrum",
     "plus_minus",
     "print_table",
     "spectrum_summary",
+    "tint",
     "write_report",
 ]

@@ -209,14 +209,15 @@ def plot_reliability(ax: Axes, bins: dict[str, list[float]], ece: float) -> None
     Args:
         ax: to draw on.
         bins: what ``ConfidenceBins.compute`` gave.
-        ece: expected calibration error, for the title.
+        ece: expected calibration error in [0, 1], for the title.
     """
     num_bins = len(bins["count"])
     left = [b / num_bins for b in range(num_bins)]
     ax.bar(left, bins["accuracy"], width=1 / num_bins, align="edge", color="#9ecae1", edgecolor="white")
     ax.axline((0, 0), slope=1, linestyle="--", color="k", linewidth=1)
     ax.text(0.72, 0.65, "calibrated", rotation=45, rotation_mode="anchor", transform_rotates_text=True, va="top")
-    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"Reliability: ECE {ece:.4f}")
+    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    ax.set_title(f"Reliability: ECE {100 * ece:.2f} %")
 
 
 def plot_histogram(ax: Axes, bins: dict[str, dict[str, list[float]]]) -> None:

@@ -14,7 +14,7 @@ from lightning_manifold_mixup._step.extras import require
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Row", "console", "mean_and_std", "plus_minus", "print_table"]
+__all__ = ["Row", "console", "decimals_of", "mean_and_std", "plus_minus", "print_table"]
 
 Row = dict[str, Any]
 """One line of a table. Texts say what was measured, numbers are the results, None is a result that does not apply."""
@@ -85,13 +85,26 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def plus_minus(mean: float | None, deviation: float | None, decimals: int | None = None) -> str:
+def decimals_of(name: str) -> int:
+    """Return how many decimals a number is shown with: two for percentages, else three.
+
+    Args:
+        name: of what was measured, with a % if it is a percentage.
+
+    Example:
+        >>> decimals_of("error %"), decimals_of("NLL")
+        (2, 3)
+    """
+    return 2 if "%" in name else 3
+
+
+def plus_minus(mean: float | None, deviation: float | None, decimals: int = 3) -> str:
     """Write a mean and its standard deviation, or the mean alone where there is no deviation.
 
     Args:
         mean: None gives an empty text.
         deviation: the standard deviation.
-        decimals: of both numbers; by default two, or three if the mean is below 1.
+        decimals: of both numbers.
 
     Example:
         >>> plus_minus(0.5, 0.25, 2), plus_minus(0.5, None)
@@ -99,6 +112,4 @@ def plus_minus(mean: float | None, deviation: float | None, decimals: int | None
     """
     if mean is None:
         return ""
-    if decimals is None:
-        decimals = 2 if abs(mean) >= 1 else 3
     return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")

@@ -54,12 +54,12 @@ def test_mean_and_deviation_of_the_sample(values):
 @pytest.mark.parametrize(
     ("mean", "deviation", "decimals", "text"),
     [
-        (12.345, 0.678, None, "12.35 ± 0.68"),
-        (-0.12345, 0.5, None, "-0.123 ± 0.500"),
-        (3.0, None, None, "3.00"),
+        (12.345, 0.678, 2, "12.35 ± 0.68"),
+        (-0.12345, 0.5, 3, "-0.123 ± 0.500"),
+        (3.0, None, 2, "3.00"),
         (3.14159, 2.71828, 1, "3.1 ± 2.7"),
-        (None, None, None, ""),
-        (float("nan"), float("nan"), None, "nan ± nan"),
+        (None, None, 2, ""),
+        (float("nan"), float("nan"), 2, "nan ± nan"),
     ],
 )
 def test_plus_minus(mean, deviation, decimals, text):

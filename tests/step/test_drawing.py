@@ -2,7 +2,7 @@
 
 import collections
 import csv
-import re
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_manifold_mixup import AlphaSchedule, Draw, ManifoldMixupCallback, Mix
+from lightning_manifold_mixup import AlphaSchedule, Draw, ManifoldMixupCallback, Mix, eligible_layers
 from lightning_manifold_mixup._step.drawing import contexts_of
 from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.partners import ClassBalancedPartners, LabelDistancePartners
 from tests.exactness import Module, by_hand, data, train
 from tests.helpers import LAYERS, Classifier, Draws, loader, trainer
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+REFERENCE = Path(__file__).parents[2] / "notebooks" / "07_reference.ipynb"
 
 
 def draws_of(batches=400, n=6, **options):
@@ -103,11 +103,18 @@ def test_lam_for_each_sample():
         torch.testing.assert_close(grads[name], grad)
 
 
-def test_the_example_in_readme():
-    source = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "NearestByLabel" in block)
-    names = {}
+def cell_with(text):
+    """The source of the cell of the reference notebook that has a text."""
+    cells = json.loads(REFERENCE.read_text(encoding="utf-8"))["cells"]
+    return next(source for cell in cells if text in (source := "".join(cell["source"])) and cell["cell_type"] == "code")
+
+
+def test_the_example_in_the_reference():
+    source = cell_with("class NearestByLabel").split("class Classifier")[0]
+    names = {"ManifoldMixupCallback": ManifoldMixupCallback}
     exec(source, names)
     callback = names["NearestByLabel"](layers=["model.1"], seed=0)
+    callback.should_mix = lambda trainer, batch_idx: True
     x, y = data()
     seen, _ = train(Module(F.cross_entropy), DataLoader(TensorDataset(x, y), 8), callback)
     for (draw, *_), labels in zip(seen, y.split(8), strict=True):
@@ -204,15 +211,21 @@ def test_said_at_the_start(caplog):
     assert "self_check=False" in message
 
 
-def test_plain_loop_of_the_readme():
-    source = next(
-        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "for x, y in loader" in block
-    )
+def test_plain_loop_of_the_reference():
+    loop = cell_with("for x, y in loader")
+    source = loop[loop.index("import random") : loop.index("model = Classifier")] + loop[loop.index("layers = ") :]
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     x, y = torch.randn(32, 6), torch.randint(3, (32,))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = [p.clone() for p in model.parameters()]
-    names = {"model": model, "example": x[:4], "loader": DataLoader(TensorDataset(x, y), 8), "optimizer": optimizer}
+    names = {
+        "model": model,
+        "example": x[:4],
+        "loader": DataLoader(TensorDataset(x, y), 8),
+        "optimizer": optimizer,
+        "F": F,
+    }
+    names["eligible_layers"] = eligible_layers
     exec(source, names)
     assert names["layers"] == ["input", "1"]
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup.evaluation.charts import COLOURS, plot_seeds
 from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.figures.training import (
     TITLES,
@@ -79,7 +80,7 @@ def make(epochs: int = EPOCHS, seeds: int = SEEDS) -> Report:
                     for layer in LAYERS
                 }
     details = {"epochs": epochs, "seeds": seeds, "singular_values": curves}
-    return Report(rows, _tables(rows), details, draw(rows, curves))
+    return Report(rows, _tables(rows), details, draw(curves))
 
 
 def _tables(rows: list[Row]) -> dict[str, list[Row]]:
@@ -98,36 +99,26 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     return tables
 
 
-def draw(rows: list[Row], curves: dict[str, Any]) -> Figure:
+def draw(curves: dict[str, Any]) -> Figure:
     """Draw the spectra at each layer, means over classes and seeds, and below them the sum of all but the largest.
 
     Args:
-        rows: as ``make`` gives them.
-        curves: for each method and layer a spectrum per seed.
+        curves: for each method and layer a spectrum per seed, the mean over classes.
     """
-    figure: Figure = require("matplotlib.figure", "cli").Figure(figsize=(11, 6.2), layout="constrained")
+    figure: Figure = require("matplotlib.figure", "cli").Figure(figsize=(11, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, len(LAYERS), gridspec_kw={"height_ratios": [1.25, 1]})
     for above, below, (layer, title) in zip(upper, lower, LAYERS.items(), strict=True):
-        for number, method in enumerate(METHODS):
-            values = torch.tensor(curves[method][layer])[:, :24]
+        sums = []
+        for method in METHODS:
+            values, name, colour = torch.tensor(curves[method][layer]), TITLES.get(method, method), COLOURS[method]
+            sums.append((name, colour, values[:, 1:].sum(1).tolist()))
+            values = values[:, :24]
             index = range(1, values.shape[1] + 1)
-            above.plot(index, values.mean(0), color=f"C{number}", marker=".", label=TITLES.get(method, method))
-            above.fill_between(index, values.amin(0), values.amax(0), color=f"C{number}", alpha=0.15, linewidth=0)
+            above.plot(index, values.mean(0), color=colour, marker=".", label=name)
+            above.fill_between(index, values.amin(0), values.amax(0), color=colour, alpha=0.15, linewidth=0)
         above.set(title=title, xlabel="index", xticks=[1, *range(4, len(index) + 1, 4)], yscale="log")
-        found = [row for row in rows if row["layer"] == layer and row["states"] == "train"]
-        bars = below.barh(
-            range(len(found)),
-            [row["rest"] for row in found],
-            xerr=[row["rest_std"] or 0 for row in found],
-            color=[f"C{number}" for number in range(len(found))],
-        )
-        below.bar_label(bars, [f"{row['rest']:.1f}" for row in found], padding=4)
-        below.set(xlabel="sum of all but the largest", yticks=[])
-        below.set_xlim(right=1.25 * max(row["rest"] + (row["rest_std"] or 0) for row in found))
-        below.invert_yaxis()
-        for ax in (above, below):
-            ax.spines[["top", "right"]].set_visible(False)
-    lower[0].set_yticks(range(len(METHODS)), [TITLES.get(method, method) for method in METHODS])
-    upper[0].set_ylabel("singular value")
+        above.spines[["top", "right"]].set_visible(False)
+        plot_seeds(below, sums, "sum of all but the largest", decimals=1)
+    upper[0].set_ylabel("singular value (band: seeds)")
     upper[0].legend(fontsize=9)
     return figure

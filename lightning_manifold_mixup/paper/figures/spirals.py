@@ -14,6 +14,7 @@ import torch
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.evaluation import hidden_states
+from lightning_manifold_mixup.evaluation.charts import COLOURS
 from lightning_manifold_mixup.evaluation.tables import Row
 from lightning_manifold_mixup.paper.data import SpiralsDataModule
 from lightning_manifold_mixup.paper.data.batches import VectorDataset
@@ -146,7 +147,8 @@ def draw(task: Problem, networks: dict[str, BottleneckMLP], curves: dict[str, An
     colours = [_DARK[label] for label in labels.tolist()]
     colormap = require("matplotlib.colors", "cli").LinearSegmentedColormap.from_list("classes", _LIGHT)
     background: dict[str, Any] = {"cmap": colormap, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
-    reference = torch.tensor(curves["none"]["layer5"]).mean((0, 1))[:10]
+    shown = {method: torch.tensor(curves[method]["layer5"]).mean((0, 1))[:10] for method in ("none", *networks)}
+    least, largest = (bound.item() for bound in torch.aminmax(torch.cat([*shown.values()])))
     for column, (method, network) in zip(panels.T, networks.items(), strict=True):
         image = probabilities_on_grid(network, torch.zeros(2), WINDOW)[..., 1]
         plot_grid(column[0], image, torch.zeros(2), WINDOW, **background)
@@ -160,16 +162,15 @@ def draw(task: Problem, networks: dict[str, BottleneckMLP], curves: dict[str, An
         mapped = plot_grid(column[1], image, centre, radius, **background)
         column[1].scatter(*states.T, s=4, c=colours, linewidths=0)
 
-        values = torch.tensor(curves[method]["layer5"]).mean((0, 1))[:10]
-        index = range(1, len(values) + 1)
-        column[2].plot(index, reference, color="0.7", marker=".", label="none")
-        column[2].plot(index, values, color="k", marker=".")
-        column[2].set(yscale="log", ylim=(0.1, 1000), xlabel="index", xticks=[1, 5, 10])
+        index = range(1, len(shown[method]) + 1)
+        for name in dict.fromkeys(("none", method)):  # the other methods' panels have the line of none, too
+            column[2].plot(index, shown[name], color=COLOURS[name], marker=".", label=TITLES.get(name, name))
+        column[2].set(yscale="log", ylim=(least / 2, 2 * largest), xlabel="index", xticks=[1, 5, 10])
+        column[2].legend(handlelength=1, frameon=False, fontsize=8, loc="upper right", borderpad=0)
         column[2].spines[["top", "right"]].set_visible(False)
         column[2].set_box_aspect(1)
         if column[2] is not panels[2, 0]:
             column[2].tick_params(labelleft=False)
-    panels[2, -1].legend(handlelength=1, frameon=False)
     figure.colorbar(mapped, ax=panels[:2], label="probability of the red class", pad=0.01, aspect=40)
     for ax, text in zip(panels[:, 0], ("inputs", "2-D bottleneck", "singular values,\none layer after"), strict=True):
         ax.set_ylabel(text, fontsize=11)

@@ -50,7 +50,7 @@ __all__ = [
 
 Labelled = tuple[Tensor, Tensor]
 
-TITLES = {"input": "input mixup", "manifold": "Manifold Mixup"}
+TITLES = {"none": "no mixup", "input": "input mixup", "manifold": "Manifold Mixup"}
 """Names of methods in pictures, where they differ from those in tables."""
 
 
