@@ -67,7 +67,7 @@ def test_product_needs_no_posix():
 def test_import_brings_no_extra_and_no_wing():
     """Compared with what Lightning and torchmetrics themselves import where it is installed."""
     script = (
-        "import sys, lightning, torchmetrics; before = set(sys.modules); import lightning_manifold_mixup;"
+        "import sys, lightning, torchmetrics; before = set(sys.modules); from lightning_manifold_mixup import *;"
         "print(*set(sys.modules) - before)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
@@ -79,7 +79,7 @@ def test_import_brings_no_extra_and_no_wing():
 
 def test_lightning_that_is_missing_is_named():
     """Its twin `pytorch_lightning` may well be there."""
-    script = "import sys; sys.modules['lightning'] = None; import lightning_manifold_mixup"
+    script = "import sys; sys.modules['lightning'] = None; from lightning_manifold_mixup import Mix"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent)
     assert "`lightning` is needed here and not installed: pip install lightning\n" in run.stderr
 

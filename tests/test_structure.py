@@ -17,7 +17,7 @@ FILES = {
 }
 
 FLOORS = (
-    {"_step", "layers", "mixing", "partners"},
+    {"_step", "_tables", "layers", "mixing", "partners"},
     {"callback"},
     {"modules"},
     {PACKAGE},
@@ -129,3 +129,15 @@ def test_private_names_are_used_in_the_file_that_defines_them_alone():
         for name in private_reads(tree)
         if name in ours - private_names(tree)
     ]
+
+
+def test_names_that_are_imported_when_they_are_used_are_those_that_type_checkers_see():
+    checked, homes = {}, {}
+    for node in ast.walk(parsed(ROOT / "__init__.py")):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
+            homes = ast.literal_eval(node.value)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+            checked |= {alias.name: node.module for alias in node.names}
+    assert {name: f"{PACKAGE}.{home}" for name, home in homes.items()} == checked
+    assert sorted(lightning_manifold_mixup.__all__) == sorted(checked)
+    assert set(checked) <= set(dir(lightning_manifold_mixup))

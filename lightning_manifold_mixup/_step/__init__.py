@@ -22,6 +22,9 @@ The words of this package:
 - *armed*: a hook that holds a draw is armed and mixes; without one it lets states through (``hooks.py``).
 """
 
+from importlib.util import find_spec
+
 from lightning_manifold_mixup._step.extras import require
 
-require("lightning")  # also where `pytorch_lightning` is used, whose classes are others
+if find_spec("lightning") is None:  # also where `pytorch_lightning` is used, whose classes are others
+    require("lightning")  # not imported otherwise: `manifold-mixup --help` does without

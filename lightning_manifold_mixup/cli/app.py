@@ -27,6 +27,21 @@ TRAINER_COMMANDS = {
 """The same for the commands that are those of Lightning's CLI."""
 
 
+OPTIONS = {
+    "--config RECIPE": "a recipe's name or a YAML file; A+B lays B over A (default: digits)",
+    "--data.init_args.data_dir DIR": "the folder of the data, for recipes that read one",
+    "--data.init_args.batch_size N": "samples of a training batch",
+    "--model.init_args.alpha A": "lam ~ Beta(A, A); 0 trains without mixup",
+    "--model.init_args.layers L": "S: auto, or names such as '[input, model.layer1]'",
+    "--model.init_args.model PATH": "the network: any class or function, torchvision.models.resnet18",
+    "--trainer.max_epochs N": "epochs of training",
+    "--trainer.accelerator NAME": "cpu, gpu or auto",
+    "--seed_everything N": "seed of the weights, the order of the data and the mixing (default: 0)",
+    "--ckpt_path PATH": "a checkpoint; `last` and `best` are those of this recipe's newest run",
+}
+"""The options of Lightning's commands that matter most, and what they do."""
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -54,6 +69,8 @@ def _run(argv: list[str]) -> None:
     elif command in COMMANDS:
         import_module(f"lightning_manifold_mixup.cli.{command}").main(argv[1:])
     elif command in TRAINER_COMMANDS:
+        if {"-h", "--help"} & set(argv):
+            _print_options(command)
         # Imported here, so that a missing extra is an error in one line, too.
         import_module("lightning_manifold_mixup.cli.training").ManifoldMixupCLI(argv)
     else:
@@ -64,6 +81,14 @@ def _run(argv: list[str]) -> None:
             + (f"; did you mean {near[0]}?" if near else f", only {', '.join(known)}.")
             + f" `{PROGRAM} --help` says what they do."
         )
+
+
+def _print_options(command: str) -> None:
+    width = max(map(len, OPTIONS))
+    print(f"{PROGRAM} {command}: {TRAINER_COMMANDS[command]}\n\nThe options that matter most:")
+    for name, text in OPTIONS.items():
+        print(f"  {name.ljust(width)}  {text}")
+    print("\nAll options follow.\n", flush=True)
 
 
 def _print_help() -> None:

@@ -7,6 +7,7 @@ A run with a result file is not repeated, so an interrupted comparison goes on w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -20,7 +21,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.cli.runs import LABELS, LAST, Result, Run, train, version, write
+from lightning_manifold_mixup.cli.methods import LABELS
+from lightning_manifold_mixup.cli.runs import LAST, Result, Run, train, version, write
 from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
 from lightning_manifold_mixup.evaluation import (
     COLOURS,
@@ -83,16 +85,28 @@ def main(args: Sequence[str]) -> None:
         raise
     finally:
         if results:
-            report(results, out)
+            report(results, out / table_name(runs))
 
 
 @rank_zero_only
-def report(results: Sequence[Result], out: Path) -> None:
-    """Print the table, and write ``compare.csv``, ``compare.json`` and ``compare.png`` into a folder."""
+def report(results: Sequence[Result], stem: Path) -> None:
+    """Print the table, and write it, as ``stem`` with ``.csv``, ``.json`` and ``.png``."""
     rows = summary(results)
     print_summary(rows)
-    files = write_report(rows, out / "compare", plot(results), runs=list(results))
+    files = write_report(rows, stem, plot(results), runs=list(results))
     print("Written: " + ", ".join(str(file) for file in files))
+
+
+def table_name(runs: Sequence[Run]) -> str:
+    """Name the files of a comparison, after all that was asked for: another comparison has files of its own.
+
+    Example:
+        >>> table_name([Run("digits", method, 0, (), Path("out")) for method in ("none", "manifold")])
+        'compare-digits-none-manifold-0ba04a'
+    """
+    asked = json.dumps([[run.recipe, run.method, run.seed, run.overrides] for run in runs])
+    labels = "-".join(dict.fromkeys([*(run.label for run in runs), *(run.method for run in runs)]))
+    return f"compare-{labels[:80]}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
 
 
 def _finish(run: Run, title: str) -> Result:

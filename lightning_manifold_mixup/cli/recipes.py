@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from operator import itemgetter
 
+from lightning_manifold_mixup._tables import print_table
 from lightning_manifold_mixup.cli.terminal import PROGRAM
-from lightning_manifold_mixup.evaluation import print_table
 from lightning_manifold_mixup.paper import recipes
 
 PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, float]]] = {

@@ -1,8 +1,9 @@
 """What a command line asks for, found before its parser is built: which classes, and what the data tells the model.
 
 The data module knows ``num_classes`` and the like; links of jsonargparse hand them to the model. These links must be
-made before anything is parsed. They fail if the model's class lacks the argument or if a function makes the network,
-and they override what the user has set. So this module reads the command line first, and only links that fit are made.
+made before anything is parsed. They fail if the model's class, or the function that makes the network, lacks the
+argument, and they override what the user has set. So this module reads the command line first, and only links that fit
+are made.
 """
 
 from __future__ import annotations
@@ -18,13 +19,29 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch import nn
 
+from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.paper import recipes
 
-__all__ = ["LINKED", "asked_for", "class_of", "links", "value"]
+__all__ = ["LINKED", "asked_for", "class_of", "links", "options_of", "value"]
 
 LINKED = ("num_classes", "in_channels", "in_features", "vocabulary_size", "word_vectors")
 """Arguments of a model, or of its network, that are taken from attributes of the data module."""
+
+
+def options_of(args: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair each word of a command line with its value: what follows ``=``, or else the next word.
+
+    Example:
+        >>> options_of(["--config=a", "--seed", "3"])
+        [('--config', 'a'), ('--seed', '3'), ('3', '')]
+    """
+    pairs = []
+    for index, arg in enumerate(args):
+        following = args[index + 1] if index + 1 < len(args) else ""
+        option, equals, text = arg.partition("=")
+        pairs.append((option, text if equals else following))
+    return pairs
 
 
 def asked_for(args: Sequence[str]) -> dict[str, Any]:
@@ -45,9 +62,7 @@ def asked_for(args: Sequence[str]) -> dict[str, Any]:
         {'model': {'class_path': 'Mine', 'init_args': {'alpha': 0}}, 'data': {'init_args': {'batch_size': 5}}}
     """
     config: dict[str, Any] = {}
-    for index, arg in enumerate(args):
-        option, equals, text = arg.partition("=")
-        text = text if equals else args[index + 1] if index + 1 < len(args) else ""
+    for option, text in options_of(args):
         if option in ("-c", "--config"):
             if not text:
                 raise UsageError(f"Expected a file or the name of a recipe after {option}, got nothing.")
@@ -113,7 +128,8 @@ def links(config: dict[str, Any]) -> list[tuple[str, Callable[[Any], Any]]]:
     found: list[tuple[str, Callable[[Any], Any]]] = []
     for name in LINKED:
         for prefix, base in (("model", LightningModule), ("model.init_args.model", nn.Module)):
-            parameter = _parameter(class_of(value(config, f"{prefix}.class_path"), base), name)
+            path = value(config, prefix)  # the path alone is allowed, too
+            parameter = _parameter(class_of(path if isinstance(path, str) else value(path, "class_path"), base), name)
             key = f"{prefix}.init_args.{name}"
             if parameter is not None and value(config, key) is None:
                 found.append((key, partial(_read, parameter, prefix)))
@@ -121,9 +137,9 @@ def links(config: dict[str, Any]) -> list[tuple[str, Callable[[Any], Any]]]:
 
 
 def _parameter(target: Any, name: str) -> inspect.Parameter | None:
-    """Find the argument of a class by name, its own or (through ``**kwargs``) one of a base class."""
+    """Find the argument of a class or function by name, its own or one that it hands on through ``**kwargs``."""
     if not isinstance(target, type):
-        return None
+        return _parameter_of_function(target, name)
     for base in target.__mro__:
         if "__init__" not in vars(base):
             continue
@@ -133,6 +149,19 @@ def _parameter(target: Any, name: str) -> inspect.Parameter | None:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
             return None
     return None
+
+
+def _parameter_of_function(target: Any, name: str) -> inspect.Parameter | None:
+    if not callable(target):
+        return None
+    parameters = inspect.signature(target).parameters
+    if name in parameters:
+        return parameters[name]
+    # jsonargparse reads in the source what becomes of `**kwargs`; a setting that it does not find there is refused.
+    found = (
+        require("jsonargparse", "cli").ArgumentParser().add_function_arguments(target, "function", fail_untyped=False)
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) if f"function.{name}" in found else None
 
 
 def _read(parameter: inspect.Parameter, prefix: str, data: Any) -> Any:

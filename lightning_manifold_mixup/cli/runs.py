@@ -21,28 +21,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lightning_manifold_mixup.callback import ManifoldMixupCallback
-from lightning_manifold_mixup.cli.request import class_of
-from lightning_manifold_mixup.cli.terminal import UsageError
+from lightning_manifold_mixup.cli.checkpoints import JUDGED_BY
+from lightning_manifold_mixup.cli.methods import CLEAN, LABELS, label_of, set_method
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
 
-__all__ = ["BEST", "CLEAN", "LABELS", "LAST", "History", "Result", "Run", "set_method", "train", "version", "write"]
-
-LABELS = {
-    "none": "no mixup",
-    "input": "input mixup",
-    "manifold": "Manifold Mixup",
-    "manifold+clean": "Manifold Mixup + clean",
-}
-"""The methods, and what tables call them."""
-
-CLEAN = "+clean"
-"""Ends the name of a method that trains on the unmixed batch too."""
+__all__ = ["BEST", "LAST", "History", "Result", "Run", "train", "version", "write"]
 
 LAST, BEST = "last epoch", "best val epoch"
 
-_ALPHAS = ("alpha", "alpha_labelled", "alpha_unlabelled")
 _WITHOUT_EFFECT = (
     "default_root_dir",
     "enable_checkpointing",
@@ -77,8 +64,7 @@ class Run:
     @property
     def label(self) -> str:
         """The recipe's name without folder, suffix and method."""
-        label = "+".join(Path(part).name.removesuffix(".yaml") for part in self.recipe.split("+"))
-        return recipes.with_method(label, "").replace("--", "-").rstrip("-") if recipes.is_row(label) else label
+        return label_of(self.recipe)
 
     @property
     def title(self) -> str:
@@ -109,46 +95,6 @@ class Run:
     def folder(self, key: str) -> Path:
         """Return the folder of the run's files."""
         return self.out / "runs" / f"{self.label}-{self.method}-seed{self.seed}-{key}"
-
-
-def set_method(config: Any, method: str) -> None:
-    """Turn a parsed configuration with Manifold Mixup into that of another method.
-
-    Args:
-        config: with a ``ManifoldMixupCallback`` among the Trainer's callbacks, or a model that has ``alpha`` (or
-            ``alpha_labelled`` and ``alpha_unlabelled``) and ``layers``, as the modules of this package have. Changed in
-            place.
-        method: ``"none"``: no mixing. ``"input"``: alpha 1 at the input. ``"manifold"``: as the configuration has it.
-            ``"manifold+clean"``: that, with the loss of the unmixed batch added (RegMixup, Pinto et al. 2022).
-
-    Raises:
-        UsageError: if the configuration has no Manifold Mixup.
-    """
-    callbacks = config.trainer.callbacks or []
-    found = [c for c in callbacks if class_of(c.class_path, Callback) is ManifoldMixupCallback]
-    place = found[0].init_args if found else config.model.get("init_args")
-    alphas = [name for name in _ALPHAS if place is not None and name in place]
-    if not alphas or "layers" not in place or not any(place[name] for name in alphas):
-        raise UsageError(
-            "Nothing to compare: the recipe has no Manifold Mixup. Give it a ManifoldMixupModule, or a "
-            "ManifoldMixupCallback in trainer.callbacks, with alpha above 0."
-        )
-    if method == "manifold":
-        return
-    if method.endswith(CLEAN):
-        if found:
-            place.clean_weight = 1.0
-        elif "mixup" in place:  # the callback's further arguments, in the modules of this package
-            place.mixup = {**(place.mixup or {}), "clean_weight": 1.0}
-        else:
-            raise UsageError(
-                f"--methods {method} needs a ManifoldMixupModule, or a ManifoldMixupCallback in the recipe."
-            )
-        return
-    for name in alphas:
-        place[name] = 0.0 if method == "none" else 1.0
-    if method == "input":
-        place.layers = ["input"]
 
 
 def train(cli: Prepared, folder: Path) -> Result:
@@ -218,7 +164,7 @@ class History(Callback):
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
         self.epochs.append({"epoch": trainer.current_epoch, **metrics})
-        value = next((metrics[k] for k in ("val/error", "val/loss", "val_loss") if k in metrics), None)
+        value = next((metrics[k] for k in JUDGED_BY if k in metrics), None)
         if value is not None and value < self._lowest:
             self._lowest, self.best_epoch = value, trainer.current_epoch
             self.best_state = deepcopy(pl_module.state_dict())

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
-from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
+from lightning_manifold_mixup import ManifoldMixupModule, SemiSupervisedManifoldMixupModule
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.cli.request import asked_for, class_of, links, value
+from lightning_manifold_mixup.cli.checkpoints import NAMES, Checkpoints, new_folder, newest
+from lightning_manifold_mixup.cli.methods import label_of, method_of
+from lightning_manifold_mixup.cli.misspelt import shortened
+from lightning_manifold_mixup.cli.request import asked_for, class_of, links, options_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
 from lightning_manifold_mixup.evaluation import EvaluationCallback, print_table
-from lightning_manifold_mixup.paper import recipes
+from lightning_manifold_mixup.paper import data, recipes, tasks
 from lightning_manifold_mixup.paper.quiet import IN_MEMORY
 
 for _module in ("jsonargparse", "rich"):  # Lightning's own error does not name the extra that installs them
@@ -29,16 +37,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 __all__ = ["ManifoldMixupCLI", "Parser", "Prepared", "print_results"]
 
 DEFAULT_MODEL = "lightning_manifold_mixup.ManifoldMixupModule"
+# A class that has been imported may be asked for by its name alone.
+_BY_NAME = (ManifoldMixupModule, SemiSupervisedManifoldMixupModule, data, tasks)
 
 
-def default_loggers() -> list[dict[str, Any]]:
-    """Configure a logger to CSV files, and one to TensorBoard if it is installed."""
-    csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": RUNS, "name": "csv"}}
-    board = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": RUNS, "name": "tensorboard"},
-    }
-    return [csv, board] if find_spec("tensorboard") else [csv]
+def loggers(folder: Path) -> list[Logger]:
+    """Make a logger to CSV files, and one to TensorBoard if it is installed, both in the folder of one run."""
+    where: dict[str, Any] = {"save_dir": folder.parents[1], "name": folder.parent.name, "version": folder.name}
+    made: list[Logger] = [CSVLogger(**where)]
+    return [*made, TensorBoardLogger(**where)] if find_spec("tensorboard") else made
 
 
 class RecipeAction(ActionConfigFile):
@@ -59,8 +66,13 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        command = getattr(getattr(ex, "subcommand_parser", None) or self, "prog", PROGRAM).replace(" [options]", "")
-        self.exit(2, f"{PROGRAM}: error: {message.strip()}\n`{command} --help` lists the options.\n")
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = getattr(parser, "prog", PROGRAM).replace(" [options]", "")
+        self.exit(2, f"{PROGRAM}: error: {shortened(message, parser)}\n`{command} --help` lists the options.\n")
+
+    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> Any:
+        """Take what jsonargparse hands to this method where a function makes an object, and refuses to take itself."""
+        return super().add_function_arguments(*args, **kwargs)
 
 
 class ManifoldMixupCLI(LightningCLI):
@@ -84,6 +96,7 @@ class ManifoldMixupCLI(LightningCLI):
         if not options & {"-c", "--config", "--model", "--model.class_path", "--data", "--data.class_path"}:
             argv[run:run] = ["--config", recipes.DEFAULT]
         config = asked_for(argv)
+        self.asked = argv
         if value(config, "model.class_path") is None:
             argv[run:run] = ["--model", DEFAULT_MODEL]
             config = recipes.merge(config, {"model": {"class_path": DEFAULT_MODEL}})
@@ -98,7 +111,7 @@ class ManifoldMixupCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},  # without a logger, all runs share a folder
-            trainer_defaults={"default_root_dir": RUNS, "logger": default_loggers()},
+            trainer_defaults={"default_root_dir": RUNS},
             seed_everything_default=0,
             parser_kwargs={"prog": PROGRAM},
             parser_class=Parser,
@@ -130,11 +143,69 @@ class ManifoldMixupCLI(LightningCLI):
             # Chosen by the data module: for data in memory, 0 workers are the fastest.
             warnings.filterwarnings("ignore", IN_MEMORY[0])
 
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs of this recipe, method and seed."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        names = [text for option, text in options_of(self.asked) if option in ("-c", "--config")]
+        label = "+".join(map(label_of, names)) or str(config.model.class_path).rpartition(".")[2]
+        name = f"{label}-{method_of(config)}-seed{config.seed_everything}"
+        return Path(config.trainer.default_root_dir or RUNS) / name
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand is None:  # another command makes the objects, and chooses where they write
+            return super().instantiate_trainer(**kwargs)
+        config = self.config_init[self.subcommand].trainer
+        self._find_checkpoint()
+        if config.fast_dev_run:
+            return super().instantiate_trainer(**kwargs)
+        callbacks = config.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        saves = config.enable_checkpointing is not False and not any(
+            isinstance(callback, Checkpoint) for callback in callbacks
+        )
+        logs = config.logger is None or config.logger is True
+        folder = new_folder(self.runs) if logs or (saves and self.subcommand == "fit") else self.runs
+        if saves:
+            again = [arg for arg in self.asked if not arg.startswith("--ckpt_path")]
+            command = shlex.join([PROGRAM, *again, "--ckpt_path=last"])
+            kwargs["callbacks"] = [*callbacks, Checkpoints(folder, command)]
+        if logs:
+            kwargs["logger"] = loggers(folder)
+        return super().instantiate_trainer(**kwargs)
+
+    def _find_checkpoint(self) -> None:
+        """Replace ``--ckpt_path last`` or ``best`` by the file; to evaluate, the last one is taken without it too."""
+        config = self.config_init[self.subcommand]
+        asked = config.get("ckpt_path")
+        if asked not in (*NAMES, None) or (asked is None and self.subcommand == "fit"):
+            return
+        config.ckpt_path = found = newest(self.runs, asked or "last")
+        if found is not None:
+            config.ckpt_path = str(found)
+            _say(f"Weights: {found}")
+        elif self.subcommand == "fit":
+            _say(f"There is no checkpoint in {self.runs}: training begins anew.")
+        elif asked is None:
+            _say(f"These are random weights: there is no checkpoint in {self.runs}. Train first, or give --ckpt_path.")
+        else:
+            raise UsageError(
+                f"There is no checkpoint {asked!r} in {self.runs}. Train first, or give --ckpt_path a file."
+            )
+
     def after_fit(self) -> None:
-        """Test the weights of the last epoch, and print one table."""
+        """Test the weights of the last epoch, print one table, and say where the checkpoints are."""
+        self._test()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                _say(str(callback))
+
+    def _test(self) -> None:
         if not is_overridden("test_step", self.model, LightningModule) or not is_overridden(
             "test_dataloader", self.datamodule, LightningDataModule
         ):
+            _say("There is no test set (or no `test_step`), so the network was not tested.")
             return
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -160,6 +231,11 @@ class Prepared(ManifoldMixupCLI):
         """Make trainer, model and data, with the random numbers of the configuration's seed."""
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
         super().instantiate_classes()
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 @rank_zero_only

@@ -1,72 +1,14 @@
-"""Tables of results in the terminal, and means with their standard deviations."""
+"""Tables of results, and means with their standard deviations."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_manifold_mixup._step.extras import require
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from lightning_manifold_mixup._tables import Row, console, print_table
 
 __all__ = ["Row", "console", "decimals_of", "mean_and_std", "plus_minus", "print_table"]
-
-Row = dict[str, Any]
-"""One line of a table. Texts say what was measured, numbers are the results, None is a result that does not apply."""
-
-_NUMBER = re.compile(r"-?(\d|nan|inf)")
-
-
-def console() -> Console:
-    """Return the console that tables are printed to: 120 columns where the output is not a terminal."""
-    made: Console = require("rich.console", "cli").Console(width=None if sys.stdout.isatty() else 120)
-    return made
-
-
-def print_table(rows: Sequence[Row], title: str | None = None, section: Callable[[Row], object] | None = None) -> None:
-    """Print rows of results to the terminal.
-
-    Floats have four decimals. Columns of numbers, also of texts that begin with a number, are aligned to the right.
-
-    Args:
-        rows: the lines of the table; all have the columns of the first.
-        title: stands above the table.
-        section: of a row; a rule separates rows of different sections.
-
-    Raises:
-        ModuleNotFoundError: without rich; the message has the pip command.
-
-    Example:
-        >>> rows = [{"attack": "fgsm", "epsilon": None, "accuracy": 0.25}]
-        >>> print_table(rows, "test attacks")  # doctest: +NORMALIZE_WHITESPACE
-                  test attacks
-        ┏━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━┓
-        ┃ attack ┃ epsilon ┃ accuracy ┃
-        ┡━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━┩
-        │ fgsm   │         │   0.2500 │
-        └────────┴─────────┴──────────┘
-    """
-    table = require("rich.table", "cli").Table(title=title)
-    cells = [[_cell(row[column]) for column in rows[0]] for row in rows]
-    for column, texts in zip(rows[0], zip(*cells, strict=True), strict=True):
-        numbers = all(_NUMBER.match(text) for text in texts if text)
-        # In a narrow terminal long words are folded, not cut off, so that names can still be copied.
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row, following, line in zip(rows, [*rows[1:], None], cells, strict=True):
-        last = section is not None and following is not None and section(row) != section(following)
-        table.add_row(*line, end_section=last)
-    console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return "" if value is None else str(value)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:

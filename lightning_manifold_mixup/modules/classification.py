@@ -120,6 +120,7 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         }
         self._save(saved)
         self.model = model
+        self.num_classes = num_classes
         self.mixup = ManifoldMixupCallback(alpha=alpha, layers=layers, **check_options(mixup))
         self.soft_label_loss_name = loss
         self.optimizer = optimizer
@@ -158,6 +159,15 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         return [self.mixup]
 
     @override
+    def setup(self, stage: str) -> None:
+        known = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        if isinstance(known, int) and known > self.num_classes:
+            raise ValueError(
+                f"Expected num_classes of at least {known}, the classes of "
+                f"{type(self.trainer.datamodule).__name__}, got {self.num_classes}."  # type: ignore[attr-defined]
+            )
+
+    @override
     def configure_optimizers(self) -> Any:
         return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
@@ -170,6 +180,11 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, y = batch
         logits = self(x)
+        if logits.shape[1] != self.num_classes:  # or the first evaluation would fail, after the training
+            raise ValueError(
+                f"Expected (n, {self.num_classes}) logits from the network, as num_classes says, got "
+                f"{tuple(logits.shape)}."
+            )
         loss = self.soft_label_loss(logits, y)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", self.soft_label_accuracy(logits, y), on_step=False, on_epoch=True)

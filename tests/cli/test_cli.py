@@ -49,12 +49,14 @@ def test_fit_without_config_trains_tests_and_prints_one_table(tmp_path) -> None:
     assert "Consider" not in output
     assert "Tip" not in output
     metrics = list(
-        csv.DictReader((tmp_path / "manifold_mixup_runs/csv/version_0/metrics.csv").read_text().splitlines())
+        csv.DictReader(
+            (tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/metrics.csv").read_text().splitlines()
+        )
     )
     error = next(float(row["test/error"]) for row in metrics if row.get("test/error"))
     assert f"{100 * error:.2f} %" in done.stdout
-    assert list(tmp_path.glob("manifold_mixup_runs/tensorboard/*/events*"))
-    config = yaml.safe_load((tmp_path / "manifold_mixup_runs/csv/version_0/config.yaml").read_text())
+    assert list(tmp_path.glob("manifold_mixup_runs/digits-manifold-seed0/version_0/events*"))
+    config = yaml.safe_load((tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/config.yaml").read_text())
     assert config["model"]["init_args"]["layers"] == ["input", "model.layer1", "model.layer2"]
     assert config["seed_everything"] == 0
 
@@ -126,7 +128,7 @@ def test_ctrl_c_ends_cleanly(tmp_path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` has it ignored
     )
-    metrics = tmp_path / "manifold_mixup_runs/csv/version_0/metrics.csv"
+    metrics = tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/metrics.csv"
     deadline = time.monotonic() + 200
     while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -135,7 +137,8 @@ def test_ctrl_c_ends_cleanly(tmp_path) -> None:
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode not in (0, None)
+    assert process.returncode == 130, output
+    assert re.search(r"--ckpt_path=last|nothing was saved", output)
     assert "Traceback" not in output
     assert "test error" not in output
 
@@ -162,7 +165,20 @@ def test_help_lists_every_command(capsys) -> None:
             ["fit", "--data.class_path=no.where.Data", "--model=ManifoldMixupModule"],
             "There is no class 'no.where.Data'",
         ),
-        (["fit", "--trainer.nope=3"], "--trainer.nope"),
+        (["fit", "--trainer.nope=3"], "There is no option --trainer.nope"),
+        (["fit", "--trainer.max_epok=3"], "--trainer.max_epok; did you mean trainer.max_epochs?"),
+        (["fit", "--trainer.max_epochs=three"], "trainer.max_epochs"),
+        (["fit", "--model.init_args.alhpa=3"], "no option alhpa of ManifoldMixupModule; did you mean alpha?"),
+        (["fit", "--data.init_args.batchsize=3"], "no option batchsize of DigitsDataModule; did you mean batch_size?"),
+        (
+            ["fit", "--config=digits", "--config=wrong.yaml"],
+            "option trainer.max_epok; did you mean trainer.max_epochs?",
+        ),
+        (["fit", "--config=digits+wrong.yaml"], "option trainer.max_epok; did you mean trainer.max_epochs?"),
+        (
+            ["test", "--config=digits", "--ckpt_path=best"],
+            "There is no checkpoint 'best' in manifold_mixup_runs/digits",
+        ),
         (["fit", "--model.init_args.alpha=-1", *TINY], "got -1.0"),
         (["fit", "--model.init_args.layers=[model.layer9]", *TINY], "Did you mean 'model.layer4'"),
         (["fit", "--config=cifar10_small", "--data.init_args.data_dir=nowhere"], "nowhere/train. Set data_dir"),
@@ -170,14 +186,16 @@ def test_help_lists_every_command(capsys) -> None:
         (["layers", "--input_shape=3x3"], "such as 3,32,32"),
     ],
 )
-def test_bad_usage_is_said_shortly(args, message, capsys) -> None:
+def test_bad_usage_is_said_shortly(args, message, capsys, tmp_path) -> None:
+    (tmp_path / "wrong.yaml").write_text("trainer: {max_epok: 3}")
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
-    assert len([line for line in printed.splitlines() if "Seed" not in line and "available" not in line]) < 12
+    # The error, and where more is to be had.
+    assert len([line for line in printed.splitlines() if "Seed" not in line and "available" not in line]) <= 2
 
 
 def test_the_traceback_can_be_had(monkeypatch) -> None:
@@ -209,9 +227,9 @@ def test_print_config_can_be_run(capsys, tmp_path) -> None:
 
 @pytest.mark.parametrize("recipe", ["digits", "semi_digits"])
 def test_a_checkpoint_has_all_that_the_configuration_says(recipe, tmp_path) -> None:
-    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=true"]
+    options = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     main(["fit", f"--config={recipe}", *options, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=2"])
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
     cli = made(f"--config={recipe}")
     loaded = type(cli.model).load_from_checkpoint(checkpoint)
     assert type(loaded.model) is type(cli.model.model)
@@ -221,11 +239,49 @@ def test_a_checkpoint_has_all_that_the_configuration_says(recipe, tmp_path) -> N
     assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
 
 
+def test_checkpoints_of_a_run_are_found_again(capsys, tmp_path) -> None:
+    common = [*TINY, "--trainer.limit_train_batches=2", "--data.init_args.val_size=100", "--trainer.logger=false"]
+    common.append("--trainer.enable_progress_bar=false")
+    main(["test", *common])
+    assert "These are random weights: there is no checkpoint in manifold_mixup_runs/digits-manifold-seed0." in (
+        capsys.readouterr().out
+    )
+    main(["fit", *common])
+    printed = capsys.readouterr().out
+    folder = Path("manifold_mixup_runs/digits-manifold-seed0/version_0/checkpoints")
+    assert f"the last weights {folder}/last.ckpt, the best {folder}/best.ckpt (val/error 0." in printed
+    first, best = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("last", "best"))
+    assert all(torch.equal(value, best["state_dict"][name]) for name, value in first["state_dict"].items())
+
+    main(["fit", *common, "--trainer.max_epochs=2", "--ckpt_path", "last"])
+    resumed = folder.parents[1] / "version_1/checkpoints/last.ckpt"
+    assert f"Weights: {folder}/last.ckpt" in capsys.readouterr().out
+    second = torch.load(resumed, weights_only=True)
+    assert (first["epoch"], second["epoch"], second["global_step"]) == (0, 1, 4)
+    state = second["callbacks"]["Checkpoints"]
+    assert state["value"] <= first["callbacks"]["Checkpoints"]["value"]  # of the whole training, not of its last part
+
+    main(["test", *common])
+    assert f"Weights: {resumed}" in capsys.readouterr().out
+    main(["fit", *common, "--model.init_args.alpha=0", "--seed_everything=3"])
+    assert Path("manifold_mixup_runs/digits-none-seed3/version_0/checkpoints/last.ckpt").is_file()
+    with pytest.raises(SystemExit):
+        main(["test", *common, "--model.init_args.model.init_args.initial_channels=4"])
+    assert "error: The checkpoint is that of another network" in capsys.readouterr().err
+
+
+def test_other_checkpoints_are_left_to_the_user(tmp_path) -> None:
+    common = [*TINY, "--trainer.max_steps=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    main(["fit", *common, "--trainer.enable_checkpointing=false"])
+    own = ["--trainer.callbacks=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'own'}"]
+    main(["fit", *common, *own])
+    assert [path.parent.name for path in tmp_path.rglob("*.ckpt")] == ["own"]
+
+
 def test_validate_test_and_predict(capsys, tmp_path) -> None:
     common = [*TINY, "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-    common.append("--trainer.enable_checkpointing=true")
     main(["fit", *common, "--trainer.max_steps=3"])
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
     fitted = capsys.readouterr().out
     main(["test", *common, f"--ckpt_path={checkpoint}"])
     error = re.search(r"test error +│ +([\d.]+) %", fitted)
@@ -290,6 +346,22 @@ def test_a_function_makes_the_network_and_the_data_tells_the_module() -> None:
     )
     assert cli.model.model.fc.out_features == 7
     assert cli.model.evaluations["test"].metrics["ece"].num_classes == 7
+
+
+@pytest.mark.parametrize("path", ["torchvision.models.resnet18", "torchvision.models.ResNet"])
+def test_a_network_by_its_path_alone_is_told_the_number_of_classes(path, tmp_path) -> None:
+    (tmp_path / "network.yaml").write_text(f"model: {{init_args: {{model: {path}}}}}")
+    if path.endswith("ResNet"):
+        rest = {"block": "torchvision.models.resnet.BasicBlock", "layers": [1, 1, 1, 1]}
+        (tmp_path / "network.yaml").write_text(
+            f"model: {{init_args: {{model: {{class_path: {path}, init_args: {{block: {rest['block']}, "
+            f"layers: {rest['layers']}}}}}}}}}"
+        )
+    else:
+        assert made("--config=digits", f"--model.init_args.model={path}").model.model.fc.out_features == 10
+        assert made("--config=digits", "--model.init_args.model", path).model.model.fc.out_features == 10
+        assert made(f"--data={__name__}.Data", "--model.model", path).model.model.fc.out_features == 7
+    assert made("--config=digits", "--config=network.yaml").model.model.fc.out_features == 10
 
 
 def test_what_neither_data_nor_user_say_is_asked_for(capsys) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_manifold_mixup.cli import compare, main, runs
+from lightning_manifold_mixup.cli import compare, main, methods, runs
 from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
@@ -61,6 +61,23 @@ def test_same_weights_and_same_first_batch(monkeypatch, tmp_path) -> None:
         assert any(not torch.equal(none.trained[k], other.trained[k]) for k in none.trained)
 
 
+def file_of(folder: Path, suffix: str) -> Path:
+    """The one file of a comparison."""
+    [file] = folder.glob(f"compare-*.{suffix}")
+    return file
+
+
+def test_a_comparison_leaves_the_tables_of_another(tmp_path) -> None:
+    common = ["compare", "--seeds=0", f"--out={tmp_path}", *TINY]
+    main([*common, "--methods=none"])
+    first = file_of(tmp_path, "csv")
+    before = first.read_bytes()
+    main([*common, "--methods=none,input"])
+    assert first.read_bytes() == before
+    main([*common, "--methods=none"])
+    assert len(list(tmp_path.glob("compare-*.csv"))) == 2
+
+
 def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
     command = ["compare", "--seeds=0,1", "--methods=none,manifold", f"--out={tmp_path}", *TINY]
     trained = []
@@ -78,7 +95,7 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
     assert stop.value.code == 130
     assert "2 of 4 runs are done" in capsys.readouterr().err
     assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
-    assert (tmp_path / "compare.csv").is_file()  # of what there is
+    assert file_of(tmp_path, "csv").is_file()  # of what there is
     main(command)
     assert len(trained) == 5  # the third again, and the fourth
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/result.json")}
@@ -90,7 +107,7 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
     results = [json.loads(file.read_text()) for file in before]
-    with (tmp_path / "compare.csv").open() as file:
+    with file_of(tmp_path, "csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["no mixup", "Manifold Mixup"]
     for row, method in zip(rows, ["none", "manifold"], strict=True):
@@ -98,8 +115,8 @@ def test_a_finished_run_is_not_repeated(monkeypatch, tmp_path, capsys) -> None:
         assert float(row["error %"]) == pytest.approx(statistics.mean(errors))
         assert float(row["error % std"]) == pytest.approx(statistics.stdev(errors))
         assert row["tested after"] == "last epoch"
-    assert (tmp_path / "compare.png").stat().st_size > 10_000
-    assert len(json.loads((tmp_path / "compare.json").read_text())["runs"]) == 4
+    assert file_of(tmp_path, "png").stat().st_size > 10_000
+    assert len(json.loads(file_of(tmp_path, "json").read_text())["runs"]) == 4
 
 
 def test_what_changes_the_numbers_changes_the_key(tmp_path) -> None:
@@ -126,7 +143,7 @@ def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
     main(["compare", *configs, "--seeds=0", "--methods=input", "--out=out", *TINY[1:], "--trainer.max_epochs=2"])
     printed = capsys.readouterr().out
     assert "best val epoch" in printed
-    results = json.loads(Path("out/compare.json").read_text())["runs"]
+    results = json.loads(file_of(Path("out"), "json").read_text())["runs"]
     assert [run["recipe"] for run in results] == ["digits", "digits+other"]
     assert [run["best_epoch"] is None for run in results] == [True, False]
     validation = [epoch["val/error"] for epoch in results[1]["validation"]]
@@ -139,9 +156,9 @@ def test_best_validation_epoch_and_two_recipes(tmp_path, capsys) -> None:
 def test_teachers_beside_networks_without_one(tmp_path, capsys) -> None:
     options = ["--methods=manifold", "--seeds=0,1,2", f"--out={tmp_path}", "--trainer.max_steps=1"]
     main(["compare", "--config=semi_digits-supervised", "--config=semi_digits", *options])
-    results = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    results = json.loads(file_of(tmp_path, "json").read_text())["runs"]
     errors = [100 * run["metrics"]["last epoch"]["test/teacher_error"] for run in results[3:]]
-    with (tmp_path / "compare.csv").open() as file:
+    with file_of(tmp_path, "csv").open() as file:
         alone, taught = csv.DictReader(file)
     assert (alone["teacher's error %"], alone["teacher's error % std"]) == ("", "")
     assert float(taught["teacher's error %"]) == pytest.approx(statistics.mean(errors))
@@ -234,7 +251,7 @@ def test_the_clean_loss_is_added_to_a_callback_of_the_recipe() -> None:
     )
     other = Arguments(class_path="lightning.pytorch.callbacks.Timer", init_args=Arguments())
     config = Arguments(trainer=Arguments(callbacks=[other, own]), model=Arguments())
-    runs.set_method(config, "manifold+clean")
+    methods.set_method(config, "manifold+clean")
     assert config.trainer.callbacks == [other, own]
     assert own.init_args == {"alpha": 3.0, "layers": ["input"], "clean_weight": 1.0}
 
@@ -247,12 +264,12 @@ def test_the_clean_loss_is_added_to_a_module_that_brings_the_callback() -> None:
         ):
             module = Arguments(init_args=Arguments(**alphas, layers=["model.layer1"], mixup=given))
             config = Arguments(trainer=Arguments(callbacks=None), model=module)
-            runs.set_method(config, "manifold+clean")
+            methods.set_method(config, "manifold+clean")
             assert config.trainer.callbacks is None
             assert module.init_args == {**alphas, "layers": ["model.layer1"], "mixup": expected}
     other = Arguments(init_args=Arguments(alpha=2.0, layers=["input"]))
     with pytest.raises(UsageError, match="needs a ManifoldMixupModule, or a ManifoldMixupCallback in the recipe"):
-        runs.set_method(Arguments(trainer=Arguments(callbacks=None), model=other), "manifold+clean")
+        methods.set_method(Arguments(trainer=Arguments(callbacks=None), model=other), "manifold+clean")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -263,14 +280,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_calibration_and_regression_in_the_table(tmp_path, capsys) -> None:
     shorter = ["--trainer.check_val_every_n_epoch=1", "--trainer.num_sanity_val_steps=0"]
     main(["compare", "--config=digits-calibration", "--seeds=0", f"--out={tmp_path / 'a'}", *TINY, *shorter])
-    rows = rows_of(tmp_path / "a" / "compare.csv")
+    rows = rows_of(file_of(tmp_path / "a", "csv"))
     results = [json.loads(file.read_text()) for file in tmp_path.glob("a/runs/*/result.json")]
     assert len(rows) == 6  # after the last epoch, and after the best one
     for result in results:
         [row] = [
             row
             for row in rows
-            if row["method"] == runs.LABELS[result["method"]] and row["tested after"] == "last epoch"
+            if row["method"] == methods.LABELS[result["method"]] and row["tested after"] == "last epoch"
         ]
         metrics = result["metrics"]["last epoch"]
         assert float(row["NLL, scaled"]) == pytest.approx(metrics["test_calibration/data_scaled_nll"])
@@ -278,8 +295,8 @@ def test_calibration_and_regression_in_the_table(tmp_path, capsys) -> None:
         assert float(row["AUROC %, noise"]) == pytest.approx(100 * metrics["test_calibration/noise_auroc"])
     assert "interpolation" not in capsys.readouterr().out
     main(["compare", "--config=diabetes", "--seeds=0,1", f"--out={tmp_path / 'b'}", "--trainer.max_epochs=1"])
-    rows = rows_of(tmp_path / "b" / "compare.csv")
-    assert [row["method"] for row in rows] == [runs.LABELS[method] for method in recipes.METHODS]
+    rows = rows_of(file_of(tmp_path / "b", "csv"))
+    assert [row["method"] for row in rows] == [methods.LABELS[method] for method in recipes.METHODS]
     results = [json.loads(file.read_text()) for file in tmp_path.glob("b/runs/*none*/result.json")]
     mean = statistics.mean(result["metrics"]["last epoch"]["test/rmse"] for result in results)
     assert float(rows[0]["RMSE"]) == pytest.approx(mean)

@@ -76,6 +76,8 @@ class SplitDataModule(L.LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self._dataset("train")
+            if self._dataset("test") is None:  # looked for now, since training takes hours and a test comes after it
+                self.test_dataloader = super().test_dataloader  # type: ignore[method-assign]  # as below
         if stage in ("fit", "validate") and self.val_set is None:
             # Lightning warns if this hook returns an empty list, but not if the hook is not overridden.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]

@@ -193,41 +193,80 @@ class ImageFiles:
             ValueError: if an image has another size and ``resize`` is off; the message names the file.
         """
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        chunk = 256
 
-        def decode(start: int) -> None:
-            for index in range(start, min(start + chunk, len(self))):
-                images[index] = self._decode(self.paths[index])
+        def decode(index: int) -> None:
+            images[index] = self._decode(self.paths[index])
 
-        if len(self) <= chunk:
-            decode(0)
-        else:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(decode, range(0, len(self), chunk)))
+        _for_all(decode, len(self))
         return images
 
-    def _decode(self, path: str) -> Tensor:
+    def check(self) -> None:
+        """Read all images, and keep none of them: what cannot be used is found before training.
+
+        Raises:
+            ValueError: for what ``decode`` refuses; the message names the file.
+        """
+        _for_all(lambda index: self._read(self.paths[index]), len(self))
+
+    def readable(self) -> list[bool]:
+        """Tell for each file whether it can be read."""
+        found = [True] * len(self)
+
+        def read(index: int) -> None:
+            try:
+                read_image(self.paths[index])
+            except ValueError:
+                found[index] = False
+
+        _for_all(read, len(self))
+        return found
+
+    def _read(self, path: str) -> Tensor:
         pixels = read_image(path)
+        if not self.resize and pixels.shape[1:] != (self.size, self.size):
+            raise ValueError(
+                f"expected square images of {self.size}x{self.size} pixels, got {pixels.shape[2]}x{pixels.shape[1]} in "
+                f"{path}; image_size={self.size} resizes the shorter side and crops, for all images."
+            )
+        return pixels
+
+    def _decode(self, path: str) -> Tensor:
+        pixels = self._read(path)
         if pixels.shape[1:] == (self.size, self.size):
             return pixels
-        if not self.resize:
-            raise ValueError(
-                f"expected images of {self.size}x{self.size} pixels like the first one, got "
-                f"{pixels.shape[2]}x{pixels.shape[1]} in {path}; set image_size to resize and crop all images to it."
-            )
         functional = require("torchvision.transforms.v2.functional", "cli")
         resized: Tensor = functional.center_crop(functional.resize(pixels, [self.size], antialias=True), [self.size])
         return resized
+
+
+def _for_all(function: Callable[[int], object], count: int) -> None:
+    """Call a function with all numbers below ``count``; several threads share many of them."""
+    chunk = 256
+
+    def call(start: int) -> None:
+        for index in range(start, min(start + chunk, count)):
+            function(index)
+
+    if count <= chunk:
+        call(0)
+    else:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(call, range(0, count, chunk)))
 
 
 def read_image(path: str) -> Tensor:
     """Read an image file as RGB, (3, height, width) uint8.
 
     Raises:
-        OSError: if PIL cannot read it.
+        ValueError: if PIL cannot read it, because it is truncated, for instance.
     """
-    with require("PIL.Image", "cli").open(path) as file:
-        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    try:
+        with require("PIL.Image", "cli").open(path) as file:
+            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what PIL raises for broken files
+        raise ValueError(
+            f'{path} is no readable image ({error}); broken_files="skip" of ImageFolderDataModule leaves it out.'
+        ) from error
 
 
 class ImageDataset(LabelledDataset):

@@ -5,17 +5,21 @@ import os
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles, read_image
+from lightning_manifold_mixup.paper.data.downloads import downloading
 
 __all__ = ["ImageFolderDataModule", "TinyImageNetDataModule"]
+
+BrokenFiles = Literal["raise", "skip", "unchecked"]
 
 
 class _FolderDataModule(ImageDataModule):
@@ -26,16 +30,30 @@ class _FolderDataModule(ImageDataModule):
         in_memory: decode every image once, to uint8, when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
             share them) as long as the files are the same. Only with ``in_memory``.
+        broken_files: see ``ImageFolderDataModule``.
         kwargs: the arguments of ``ImageDataModule``.
     """
 
-    def __init__(self, data_dir: str, in_memory: bool = False, cache_dir: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        data_dir: str,
+        in_memory: bool = False,
+        cache_dir: str | None = None,
+        broken_files: BrokenFiles = "raise",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        if broken_files not in ("raise", "skip", "unchecked"):
+            raise ValueError(
+                f"{type(self).__name__}: expected broken_files to be 'raise', 'skip' or 'unchecked', got "
+                f"{broken_files!r}."
+            )
         if cache_dir is not None and not in_memory:
             raise ValueError(f"{type(self).__name__}: expected in_memory=True with cache_dir, got in_memory=False.")
         self.data_dir = data_dir
         self.in_memory = in_memory
         self.cache_dir = cache_dir
+        self.broken_files = broken_files
 
     @cached_property
     def root(self) -> Path:
@@ -57,6 +75,12 @@ class _FolderDataModule(ImageDataModule):
             raise FileNotFoundError(
                 f"{type(self).__name__}: expected {self.root / 'train'} to have a folder for each class, found none."
             )
+        empty = [name for name in names if not _image_files(self.root / "train" / name)]
+        if empty:
+            raise FileNotFoundError(
+                f"{type(self).__name__}: expected images ({', '.join(_SUFFIXES)}) of each class in "
+                f"{self.root / 'train'}, found none in {', '.join(empty)}. Take an empty folder away if it is no class."
+            )
         return names
 
     @override
@@ -64,12 +88,34 @@ class _FolderDataModule(ImageDataModule):
         folder = self._folder(split)
         if folder is None:
             return None
-        paths, labels = self._list(folder)
-        return ImageFiles(paths, self.image_size, self._resize), torch.tensor(labels, dtype=torch.long)
+        paths, numbers = self._list(folder)
+        images, labels = ImageFiles(paths, self.image_size, self._resize), torch.tensor(numbers, dtype=torch.long)
+        if self.broken_files == "skip":
+            kept = torch.tensor(images.readable()).nonzero().flatten()
+            if len(kept) < len(images):
+                left_out = sorted(set(paths) - set(images.index_select(0, kept).paths))
+                rank_zero_warn(
+                    f"{type(self).__name__}: {len(left_out)} of {len(images)} files in {folder} cannot be read and are "
+                    f"left out: {', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}"
+                )
+                images, labels = images.index_select(0, kept), labels[kept]
+        missing = [name for label, name in enumerate(self.folder_names) if not (labels == label).any()]
+        if missing and split == "train":
+            raise ValueError(f"{type(self).__name__}: no file of {', '.join(missing)} in {folder} can be read.")
+        if missing:
+            rank_zero_warn(
+                f"{type(self).__name__}: {folder} has no images of {', '.join(missing)}, which are in train: its "
+                "numbers are of the other classes only."
+            )
+        return images, labels
 
     @override
     def decode(self, images: Tensor | ImageFiles, split: str) -> Tensor | ImageFiles:
-        if not self.in_memory or isinstance(images, Tensor):
+        if isinstance(images, Tensor):
+            return images
+        if not self.in_memory:
+            if self.broken_files == "raise" or (self.broken_files == "skip" and not self._resize):
+                images.check()
             return images
         return images.decode() if self.cache_dir is None else _cached(images, Path(self.cache_dir).expanduser(), split)
 
@@ -131,6 +177,9 @@ class ImageFolderDataModule(_FolderDataModule):
         in_memory: decode every image once, to uint8, when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
             share them) as long as the files are the same. Only with ``in_memory``.
+        broken_files: what becomes of files that cannot be read (truncated ones, for instance). ``"raise"`` reads all
+            files in ``setup``, before training, and names the first one; ``"skip"`` does so too, leaves them out, and
+            says how many; ``"unchecked"`` saves the time of reading all files in advance.
         kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the side, ``flip`` is on.
 
     Example:
@@ -148,9 +197,10 @@ class ImageFolderDataModule(_FolderDataModule):
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         in_memory: bool = False,
         cache_dir: str | None = None,
+        broken_files: BrokenFiles = "raise",
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_dir, in_memory, cache_dir, **kwargs)
+        super().__init__(data_dir, in_memory, cache_dir, broken_files, **kwargs)
         self._image_size = image_size
         self._mean = mean
         self._std = std
@@ -161,7 +211,14 @@ class ImageFolderDataModule(_FolderDataModule):
         size = self._image_size
         if size is None:
             files = _image_files(self.root / "train" / self.folder_names[0])
-            size = min(read_image(files[0]).shape[1:]) if files else 0
+            height, width = read_image(files[0]).shape[1:]
+            if height != width:
+                raise ValueError(
+                    f"ImageFolderDataModule: expected square images where no image_size is set, got {width}x{height} "
+                    f"in {files[0]}; image_size={min(height, width)} (any side in pixels) resizes the shorter side and "
+                    "crops, for all images."
+                )
+            size = height
         return ImageSpec(self.folder_names, size, tuple(self._mean), tuple(self._std), padding=size // 8, flip=True)
 
     @property
@@ -230,7 +287,8 @@ class TinyImageNetDataModule(_FolderDataModule):
         data_dir = Path(self.data_dir).expanduser()
         if self.download and not any((root / "train").is_dir() for root in self._candidates(data_dir)):
             utils = require("torchvision.datasets.utils", "cli")
-            utils.download_and_extract_archive(self._url, str(data_dir), md5=self._md5)
+            with downloading(type(self).__name__, "Tiny-ImageNet", data_dir):
+                utils.download_and_extract_archive(self._url, str(data_dir), md5=self._md5)
 
     @override
     def _candidates(self, data_dir: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles
+from lightning_manifold_mixup.paper.data.downloads import downloading
 
 __all__ = [
     "CIFAR10DataModule",
@@ -59,7 +60,8 @@ class _TorchvisionDataModule(ImageDataModule):
     def prepare_data(self) -> None:
         if self.download:
             for split in ("train", "test"):
-                self._open(split, download=True)
+                with downloading(type(self).__name__, self.dataset_name, Path(self.data_dir)):
+                    self._open(split, download=True)
 
     @override
     def load(self, split: Split) -> tuple[Tensor | ImageFiles, Tensor] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Subset
 from typing_extensions import override
@@ -97,6 +98,8 @@ class SemiSupervisedDataModule(L.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         self.datamodule.setup(stage)
+        if not is_overridden("test_dataloader", self.datamodule, L.LightningDataModule):
+            self.test_dataloader = super().test_dataloader  # type: ignore[method-assign]  # there is no test set
         if stage in ("fit", "validate") and self.datamodule.val_set is None:
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]  # as in ClassificationDataModule
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -88,7 +90,7 @@ class TestImageFolder:
     def test_other_sizes(self, image_folder):
         Image.new("RGB", (9, 7), (10, 20, 30)).save(image_folder / "train" / "dog" / "odd.png")
         data = ImageFolderDataModule(str(image_folder), in_memory=True)
-        with pytest.raises(ValueError, match=r"6x6 pixels like the first one, got 9x7 in .*odd\.png; set image_size"):
+        with pytest.raises(ValueError, match=r"square images of 6x6 pixels, got 9x7 in .*odd\.png; image_size=6"):
             data.setup("fit")
         data = ImageFolderDataModule(str(image_folder), image_size=4, padding=0, flip=False)
         x, _ = data.train_set[0]
@@ -97,6 +99,78 @@ class TestImageFolder:
         torch.testing.assert_close(x, (expected / 255 - 0.5) / 0.5)
         odd = data.train_set[24][0]  # the last dog
         torch.testing.assert_close(odd[:, 0, 0], (torch.tensor([10, 20, 30]) / 255 - 0.5) / 0.5)
+
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_what_the_test_needs_is_found_before_training(self, image_folder, in_memory):
+        def setup(**kwargs):
+            data = ImageFolderDataModule(str(image_folder), in_memory=in_memory, **kwargs)
+            data.setup("fit")
+            return data
+
+        (image_folder / "test" / "fox").mkdir()
+        with pytest.raises(ValueError, match=r"expected the classes of .*train in .*test, got 'fox'"):
+            setup()
+        (image_folder / "test" / "fox").rmdir()
+        for file in (image_folder / "test" / "cat").iterdir():
+            file.rename(image_folder / file.name)
+        with pytest.warns(UserWarning, match="has no images of cat, which are in train"):
+            setup()
+        (image_folder / "test" / "cat").rmdir()
+        with pytest.warns(UserWarning, match="has no images of cat, which are in train"):
+            data = setup()
+        assert data.test_set.labels.tolist() == [1] * 4 + [2] * 4
+        (image_folder / "train" / "ant").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"of each class in .*train, found none in ant\."):
+            setup()
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_truncated_files(self, image_folder, in_memory, split):
+        broken = image_folder / split / "dog" / "001.png"
+        broken.write_bytes(broken.read_bytes()[:60])
+
+        def setup(**kwargs):
+            data = ImageFolderDataModule(str(image_folder), in_memory=in_memory, **kwargs)
+            data.setup("fit")
+            return data
+
+        with pytest.raises(ValueError, match=rf'{split}/dog/001\.png is no readable image .*broken_files="skip"'):
+            setup()
+        with pytest.warns(UserWarning, match=r"1 of \d+ files in .* cannot be read and are left out: .*001\.png"):
+            data = setup(broken_files="skip")
+        counts = {"train": [12, 12, 12], "test": [4, 4, 4]}
+        counts[split][1] -= 1
+        assert data.train_set.labels.bincount().tolist() == counts["train"]
+        assert data.test_set.labels.bincount().tolist() == counts["test"]
+        assert len(list(data.train_dataloader())) == len(list(data.test_dataloader())) == 1
+        with pytest.raises(ValueError, match="to be 'raise', 'skip' or 'unchecked', got 'ignore'"):
+            ImageFolderDataModule(str(image_folder), broken_files="ignore")
+
+    def test_what_is_unchecked_is_named_when_it_is_read(self, image_folder):
+        broken = image_folder / "train" / "dog" / "001.png"
+        broken.write_bytes(broken.read_bytes()[:60])
+        data = ImageFolderDataModule(str(image_folder), broken_files="unchecked")
+        data.setup("fit")
+        with pytest.raises(ValueError, match=r"dog/001\.png is no readable image"):
+            list(data.train_dataloader())
+
+    def test_rectangular_images(self, tmp_path):
+        draw_images(tmp_path / "train", 4, size=(8, 6))
+        draw_images(tmp_path / "test", 4, size=(8, 6))
+        with pytest.raises(
+            ValueError, match=r"square images where no image_size is set, got \d+x\d+ in .*image_size=6 "
+        ):
+            ImageFolderDataModule(str(tmp_path)).setup("fit")
+        data = ImageFolderDataModule(str(tmp_path), image_size=6, padding=0, flip=False)
+        data.setup("fit")
+        pixels = v2.functional.pil_to_tensor(Image.open(tmp_path / "train" / "cat" / "000.png"))
+        torch.testing.assert_close(data.train_set[0][0], (v2.functional.center_crop(pixels, [6]) / 255 - 0.5) / 0.5)
+
+    def test_without_a_test_set_training_ends_well(self, image_folder, tmp_path):
+        (image_folder / "test").rename(tmp_path / "gone")
+        data = ImageFolderDataModule(str(image_folder))
+        data.setup("fit")
+        assert not is_overridden("test_dataloader", data, LightningDataModule)
 
     def test_formats(self, tmp_path):
         for name, mode, suffix in (("a", "L", "png"), ("c", "RGBA", "png"), ("d", "CMYK", "jpg"), ("e", "RGB", "bmp")):
@@ -140,7 +214,9 @@ class TestImageFolder:
         with pytest.raises(FileNotFoundError, match="to have a folder for each class, found none"):
             ImageFolderDataModule(str(tmp_path)).setup("fit")
         (tmp_path / "train" / "cat").mkdir()
-        with pytest.raises(FileNotFoundError, match=r"expected images \(\.jpg, .*\) in .*train/<class>, found none"):
+        with pytest.raises(
+            FileNotFoundError, match=r"images \(\.jpg, .*\) of each class in .*train, found none in cat"
+        ):
             ImageFolderDataModule(str(tmp_path)).setup("fit")
 
     def test_classes_that_differ(self, image_folder):
