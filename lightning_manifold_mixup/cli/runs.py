@@ -114,8 +114,6 @@ def train(cli: Prepared, folder: Path) -> Result:
     trainer_config.default_root_dir = str(folder)
     trainer_config.enable_progress_bar = sys.stdout.isatty()
     trainer_config.enable_model_summary = False
-    if not any("Checkpoint" in c.class_path for c in trainer_config.callbacks or []):
-        trainer_config.enable_checkpointing = False
     cli.save_config_callback = None
     cli.make()
     trainer, model, data = cli.trainer, cli.model, cli.datamodule

@@ -228,7 +228,9 @@ class Prepared(ManifoldMixupCLI):
         pass
 
     def make(self) -> None:
-        """Make trainer, model and data, with the random numbers of the configuration's seed."""
+        """Make trainer, model and data, with the random numbers of the configuration's seed; no default checkpoints."""
+        if not any("Checkpoint" in callback.class_path for callback in self.config.trainer.callbacks or []):
+            self.config.trainer.enable_checkpointing = False
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
         super().instantiate_classes()
 

@@ -160,11 +160,11 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
 
     @override
     def setup(self, stage: str) -> None:
-        known = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        data = getattr(self.trainer, "datamodule", None)
+        known = getattr(data, "num_classes", None)
         if isinstance(known, int) and known > self.num_classes:
             raise ValueError(
-                f"Expected num_classes of at least {known}, the classes of "
-                f"{type(self.trainer.datamodule).__name__}, got {self.num_classes}."  # type: ignore[attr-defined]
+                f"Expected num_classes of at least {known}, as {type(data).__name__} says, got {self.num_classes}."
             )
 
     @override

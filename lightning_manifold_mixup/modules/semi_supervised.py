@@ -239,6 +239,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
 
     @override
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and data is not None and is_overridden("on_after_batch_transfer", data):
             raise MisconfigurationException(

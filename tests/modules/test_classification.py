@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, ManifoldMixupModule
 from lightning_manifold_mixup.modules.classification import MixupOptions
+from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.partners import ClassBalancedPartners
 from tests.helpers import CLASSES, ConvNet, images, loader, trainer, weights_of
 
@@ -242,3 +243,16 @@ def test_default_optimizer_is_the_papers():
 def test_wrong_loss():
     with pytest.raises(ValueError, match="Expected loss to be 'cross_entropy' or 'bce', got 'mse'"):
         ManifoldMixupModule(ConvNet(), CLASSES, loss="mse")
+
+
+def test_a_wrong_number_of_classes_is_found_before_the_first_update():
+    data = DigitsDataModule()
+    for classes, outputs, message in (
+        (7, 7, "num_classes of at least 10, as DigitsDataModule says, got 7"),
+        (10, 12, r"Expected \(n, 10\) logits from the network, as num_classes says, got \(100, 12\)"),
+    ):
+        module = ManifoldMixupModule(nn.Sequential(nn.Flatten(), nn.Linear(64, outputs)), classes, layers=["input"])
+        before = weights_of(module)
+        with pytest.raises(ValueError, match=message):
+            trainer().fit(module, datamodule=data)
+        assert all(torch.equal(value, before[name]) for name, value in weights_of(module).items())
