@@ -243,20 +243,40 @@ def test_one_module_for_both_trainers_in_turn():
     torch.testing.assert_close(weights_of(module.model), weights_of(net))
 
 
+MADE = "made = ManifoldMixupCallback(), ManifoldMixupModule(torch.nn.Linear(4, 2), 2, alpha=0)\n"
 ORDERS = {
-    "ours last": "import pytorch_lightning; from lightning_manifold_mixup import *; made = 0",
-    "ours first": "from lightning_manifold_mixup import *; made = ManifoldMixupCallback(); import pytorch_lightning;"
-    "made = ManifoldMixupModule(pytorch_lightning.LightningModule(), 2)",
+    "ours last": f"import pytorch_lightning as twin; from lightning_manifold_mixup import *; {MADE}",
+    "ours first": "from lightning_manifold_mixup import *; import pytorch_lightning as twin; " + MADE,
+    "made before": f"from lightning_manifold_mixup import *; {MADE}from pytorch_lightning.callbacks import Callback\n"
+    "import pytorch_lightning as twin",
 }
+USED = """
+import inspect
+assert issubclass(ManifoldMixupModule, twin.LightningModule) and issubclass(ManifoldMixupCallback, twin.Callback)
+assert inspect.getsource(twin) and find_spec("pytorch_lightning").loader is twin.__loader__
+assert "lightning_manifold_mixup" not in type(twin.__loader__).__module__
+callback, module = made
+trainer = twin.Trainer(callbacks=callback, accelerator="cpu", fast_dev_run=True)
+trainer.fit(module, torch.utils.data.DataLoader([(torch.randn(4), i % 2) for i in range(4)], 2))
+assert trainer.global_step == 1
+"""
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
 def test_order_of_imports(order):
-    """As soon as both are there, or a command line asks whether the class is one of Lightning's."""
+    """From the moment when both are there, also for what was made before, or when a command line asks for the base."""
     script = (
-        f"import warnings; warnings.simplefilter('ignore'); {order}; import pytorch_lightning as twin;"
-        "assert issubclass(ManifoldMixupModule, twin.LightningModule);"
-        "assert issubclass(ManifoldMixupCallback, twin.Callback)"
+        "import warnings; warnings.simplefilter('ignore'); import torch; from importlib.util import find_spec;"
+        f"assert find_spec('pytorch_lightning').origin; {order}\n{USED}"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_looking_for_it_imports_nothing():
+    script = (
+        "import sys; from lightning_manifold_mixup import *; from importlib.util import find_spec;"
+        "assert find_spec('pytorch_lightning').origin and 'pytorch_lightning' not in sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -63,6 +64,16 @@ def free_port():
         return free.getsockname()[1]
 
 
+def gradient_of_ones():
+    """What FSDP2 makes of a gradient of one in each of two processes: one, or two where gloo takes sums for means.
+
+    It does so in some releases of torch (pytorch/pytorch#162338), with Manifold Mixup and without.
+    """
+    net = fully_shard(nn.Linear(1, 1, bias=False), mesh=init_device_mesh("cpu", (2,)))
+    net(torch.ones(1, 1)).sum().backward()
+    return full(net.weight.grad).item()
+
+
 def worker(rank, port, net, folder):
     torch.set_num_threads(1)
     environment(rank, port)
@@ -83,6 +94,7 @@ def worker(rank, port, net, folder):
             "layers": callback.state_dict()["layers"],
         }
         assert_untouched(module)
+    results["fsdp2"]["gradient"] = gradient_of_ones()
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -126,7 +138,7 @@ def test_weights_are_those_of_both_shards_by_hand(runs, mode):
             logits = after(lam * h + (1 - lam) * h[partners])
             labels = y[index]
             loss = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, labels[partners])
-            (loss / 2).backward()
+            (loss / 2 * results[rank][mode].get("gradient", 1)).backward()
             losses[rank].append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
