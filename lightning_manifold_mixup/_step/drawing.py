@@ -33,6 +33,9 @@ class AlphaSchedule:
         end: alpha from epoch ``epochs`` on, >= 0.
         epochs: length of the ramp, in epochs, >= 1.
 
+    Raises:
+        ValueError: for other values, at construction.
+
     Example:
         >>> schedule = AlphaSchedule(start=0.0, end=2.0, epochs=4)
         >>> [schedule(epoch) for epoch in range(6)]
@@ -147,6 +150,11 @@ class DrawContext:
         partners: the strategy that chooses partners; None is a uniform permutation.
         dominant: whether lam is folded to at least 1/2.
         rows: which samples are trained on, (n,) bool; None if all are. The others are their own partners.
+
+    Example:
+        >>> context = DrawContext(4, None, None, layers={"input": 1.0}, alpha=2.0, epoch=0, draws=Draws(0, rank=0))
+        >>> context.draw_layer(), sorted(context.draw_mix().partners.tolist())
+        ('input', [0, 1, 2, 3])
     """
 
     n: int

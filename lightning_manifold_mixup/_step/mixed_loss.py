@@ -34,6 +34,9 @@ def mixed_loss(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     Returns:
         The mixed value as a plain tensor. Without a MixedTarget among the arguments: ``function(*args, **kwargs)``.
 
+    Raises:
+        MixingError: for labels of several draws in one call.
+
     Example:
         >>> import torch
         >>> from lightning_manifold_mixup import MixedTarget

@@ -178,6 +178,9 @@ class AttackCallback(EvaluationCallback):
         pgd_steps: gradient steps of PGD, which starts at a random point; with 0 only FGSM is run.
         kwargs: the arguments of ``EvaluationCallback``; ``seed`` draws PGD's starting points.
 
+    Raises:
+        ValueError: for epsilons that are not in (0, 1], or fewer than 0 steps, at construction.
+
     Example:
         >>> callback = AttackCallback(["2/255", "4/255"], mean=[0.49, 0.48, 0.45], std=[0.25, 0.24, 0.26])
         >>> trainer = L.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
@@ -239,6 +242,14 @@ def plot_attacks(ax: Axes, rows: list[Row]) -> None:
         ax: to draw on.
         rows: with "attack", "epsilon" ("4/255" or "0.01") and "accuracy" in [0, 1]; the row of attack "none" begins all
             lines.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> weak = {"attack": "fgsm", "epsilon": "2/255", "accuracy": 0.5}
+        >>> plot_attacks(ax, [{"attack": "none", "epsilon": None, "accuracy": 0.9}, weak])
+        >>> [(float(x), float(y)) for x, y in ax.lines[0].get_xydata()]
+        [(0.0, 90.0), (2.0, 50.0)]
     """
     clean = [row for row in rows if row["attack"] == "none"]
     for name, marker in {"fgsm": "o", "pgd": "s"}.items():

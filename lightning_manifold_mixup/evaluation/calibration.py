@@ -65,6 +65,9 @@ class CalibrationCallback(EvaluationCallback):
         other_data: data of another kind, a loader or (its test loader) a data module, to be told from the test data.
         kwargs: the arguments of ``EvaluationCallback``; ``seed`` draws partners and noise.
 
+    Raises:
+        ValueError: for lams outside [0, 1], at construction.
+
     The column "auroc" is the probability that a test sample has more confidence than one of noise, or of other data.
 
     Example:
@@ -210,6 +213,13 @@ def plot_reliability(ax: Axes, bins: dict[str, list[float]], ece: float) -> None
         ax: to draw on.
         bins: what ``ConfidenceBins.compute`` gave.
         ece: expected calibration error in [0, 1], for the title.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_reliability(ax, {"count": [1.0, 3.0], "accuracy": [0.0, 1.0]}, ece=0.0125)
+        >>> ax.get_title()
+        'Reliability: ECE 1.25 %'
     """
     num_bins = len(bins["count"])
     left = [b / num_bins for b in range(num_bins)]
@@ -226,6 +236,13 @@ def plot_histogram(ax: Axes, bins: dict[str, dict[str, list[float]]]) -> None:
     Args:
         ax: to draw on.
         bins: for each kind of input, what ``ConfidenceBins.compute`` gave.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_histogram(ax, {"data": {"count": [1.0, 3.0]}})
+        >>> ax.patches[0].get_data().values.tolist()
+        [25.0, 75.0]
     """
     for name, counts in bins.items():
         count = torch.tensor(counts["count"])
@@ -242,6 +259,14 @@ def plot_interpolation(ax: Axes, rows: list[Row]) -> None:
     Args:
         ax: to draw on.
         rows: with "inputs" ("data", "interpolation 0.5", ..., "noise") and mean "confidence".
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> sure = {"data": 0.9, "interpolation 0.5": 0.6, "noise": 0.3}
+        >>> plot_interpolation(ax, [{"inputs": name, "confidence": value} for name, value in sure.items()])
+        >>> ax.lines[0].get_xydata().tolist()
+        [[0.5, 0.6], [1.0, 0.9]]
     """
     sure = {row["inputs"]: row["confidence"] for row in rows}
     points = {float(name.split()[1]): value for name, value in sure.items() if name.startswith("interpolation")}

@@ -35,6 +35,10 @@ class Deformation:
         rotation: largest angle in degrees; the angle is uniform in [-rotation, rotation].
         shear: largest horizontal shear angle in degrees; uniform in [-shear, shear].
         zoom: width of the visible part, in widths of the image: below 1 zooms in, above 1 zooms out.
+
+    Example:
+        >>> Deformation(rotation=20)
+        Deformation(rotation=20, shear=0.0, zoom=1.0)
     """
 
     rotation: float = 0.0
@@ -138,6 +142,14 @@ def plot_deformations(ax: Axes, rows: list[Row]) -> None:
     Args:
         ax: to draw on.
         rows: with "deformation" and "accuracy" in [0, 1]; the first is without deformation.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> zoomed = {"deformation": "zoom-in 80", "accuracy": 0.5}
+        >>> plot_deformations(ax, [{"deformation": "none", "accuracy": 0.9}, zoomed])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['none', 'zoom-in 80 %']
     """
     names = [re.sub(r"^(rotation|shear) (.+)", r"\1 ±\2°", row["deformation"]) for row in rows]
     names = [f"{name} %" if name.startswith("zoom") else name for name in names]

@@ -120,6 +120,20 @@ class EvaluationCallback(Callback, ABC):
             None finds them, as ``ManifoldMixupCallback`` does.
         target_key: where the class indices are, likewise.
         verbose: whether to print the table.
+
+    Example:
+        >>> class Brightness(EvaluationCallback):
+        ...     family = "brightness"
+        ...     def update(self, pl_module, images, target):
+        ...         self.record("mean", images.flatten(1).mean(1))
+        ...     def compute(self):
+        ...         return [{"mean": self.means["mean"].compute().item()}], {}
+        ...     def plot(self, rows, details):
+        ...         return axes(1, 3, 3)[0]
+        >>> callback = Brightness()
+        >>> callback.update(None, torch.ones(2, 1, 4, 4), torch.zeros(2))
+        >>> callback.compute()
+        ([{'mean': 1.0}], {})
     """
 
     family: ClassVar[str]

@@ -176,6 +176,13 @@ def plot_spectrum(ax: Axes, singular_values: Tensor) -> None:
     Args:
         ax: to draw on.
         singular_values: (classes, features), descending.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_spectrum(ax, torch.tensor([[3.0, 1.0], [5.0, 2.0]]))
+        >>> ax.lines[-1].get_ydata().tolist()  # the mean over classes
+        [4.0, 1.5]
     """
     index = range(1, singular_values.shape[1] + 1)
     marker = "." if len(index) <= 64 else ""
@@ -261,6 +268,9 @@ class RepresentationCallback(EvaluationCallback):
         pool: average over positions of images and sequences instead of flattening.
         centred: subtract each class's mean.
         kwargs: the arguments of ``EvaluationCallback``; nothing is random here, so ``seed`` has no effect.
+
+    Raises:
+        ValueError: without layers, at construction; for a layer that is not there, when a fit or a test starts.
 
     Example:
         >>> callback = RepresentationCallback(layers=["model.layer1", "model.layer2"], pool=True)

@@ -37,6 +37,10 @@ def default_layers(layers: Sequence[Layer]) -> list[str]:
 
     Returns:
         Their names, from the input on; empty if no layer is eligible.
+
+    Example:
+        >>> default_layers([])  # of a network: ``eligible_layers(model, batch).default``
+        []
     """
     eligible = [layer for layer in layers if layer.eligible]
     first = _first(eligible)

@@ -32,6 +32,13 @@ class Observation:
 
     Attributes:
         flow: the record of which content flowed where.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+        >>> with observe(net, x := torch.randn(5, 4)) as seen:
+        ...     output = net(x)
+        >>> seen.report(output).eligible
+        ['input', '0']
     """
 
     def __init__(self, root: nn.Module, flow: Flow, batch_sizes: Sequence[int], batch_dim: int | None) -> None:
@@ -227,7 +234,15 @@ def eligible_layers(
 
 
 def has_forward(model: nn.Module) -> bool:
-    """Whether a module has a forward pass of its own; a LightningModule may do without."""
+    """Whether a module has a forward pass of its own; a LightningModule may do without.
+
+    Args:
+        model: any module, not run.
+
+    Example:
+        >>> has_forward(nn.Linear(2, 2))
+        True
+    """
     return type(model).forward.__qualname__ != "LightningModule.forward"  # in either package that Lightning comes in
 
 

@@ -35,6 +35,14 @@ class LayerRow:
         live_calls: which of the calls (counted from 0) lie on the way from the input to the logits.
         order: its position among all calls; -1 for the input, None if it was never called.
         group: layers of one group return the very same tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_manifold_mixup import eligible_layers
+        >>> row = eligible_layers(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.zeros(5, 4)).row("0")
+        >>> row.type, row.shapes, row.eligible, row.batch_dim
+        ('Linear', ((5, 8),), True, 0)
     """
 
     name: str
@@ -71,6 +79,14 @@ class LayerReport:
         batch_size: the number of samples observed; of several groups, that of the first.
         batch_dim: the dimension that was said to run over samples, None if it was told by its size.
         sinks_found: whether the end of the network was found; False if no loss used the targets.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_manifold_mixup import eligible_layers
+        >>> report = eligible_layers(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.zeros(5, 4))
+        >>> report.eligible, report.default
+        (['input', '0'], ['input', '0'])
     """
 
     rows: tuple[LayerRow, ...]

@@ -53,6 +53,11 @@ def linear_mixup_risk(states: Tensor, target: Tensor, weight: Tensor, bias: Tens
 def least_risk(num_classes: int, dim: int, alpha: float = 1.0) -> float:
     """Give the smallest possible ``linear_mixup_risk`` with balanced classes: 0 from dim = num_classes - 1 on.
 
+    Args:
+        num_classes: number of classes, d in the paper.
+        dim: of the hidden space.
+        alpha: of Beta(alpha, alpha), which lam is drawn from.
+
     Example:
         >>> [round(least_risk(4, dim), 4) for dim in (1, 2, 3, 4)]
         [0.3333, 0.1667, 0.0, 0.0]

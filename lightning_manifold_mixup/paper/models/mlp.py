@@ -137,6 +137,9 @@ class BottleneckMLP(nn.Module):
 class GaussianNoise(nn.Module):
     """Adds noise of standard deviation ``std`` in training, nothing in evaluation: one of the regularisers of Figure 1.
 
+    Args:
+        std: of the noise.
+
     Example:
         >>> import torch
         >>> GaussianNoise(0.1).eval()(torch.ones(2))

@@ -63,14 +63,36 @@ class PreActResNet(nn.Module):
 def preact_resnet18(
     num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
 ) -> PreActResNet:
-    """``PreActResNet`` of depth 18: 11.17 million parameters."""
+    """``PreActResNet`` of depth 18: 11.17 million parameters.
+
+    Args:
+        num_classes: see ``PreActResNet``, as for the others.
+        initial_channels: of the first stage.
+        in_channels: of the images.
+        stride: of the first convolution.
+
+    Example:
+        >>> round(sum(parameter.numel() for parameter in preact_resnet18().parameters()) / 1e6, 2)
+        11.17
+    """
     return PreActResNet(18, num_classes, initial_channels, in_channels, stride)
 
 
 def preact_resnet34(
     num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
 ) -> PreActResNet:
-    """``PreActResNet`` of depth 34: 21.28 million parameters."""
+    """``PreActResNet`` of depth 34: 21.28 million parameters.
+
+    Args:
+        num_classes: see ``PreActResNet``, as for the others.
+        initial_channels: of the first stage.
+        in_channels: of the images.
+        stride: of the first convolution.
+
+    Example:
+        >>> round(sum(parameter.numel() for parameter in preact_resnet34().parameters()) / 1e6, 2)
+        21.28
+    """
     return PreActResNet(34, num_classes, initial_channels, in_channels, stride)
 
 
