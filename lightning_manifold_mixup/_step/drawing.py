@@ -209,12 +209,21 @@ class DrawContext:
         return Draw(self.draw_layer(), self.draw_mix())
 
 
-def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
-    """Return a context for each group of samples in a batch; ``how`` are the other fields."""
+def contexts_of(
+    batch: Any,
+    places: Places,
+    layers: Mapping[str, float],
+    alpha: Alpha,
+    epoch: int,
+    draws: Draws,
+    partners: Partners | None,
+    dominant: bool,
+) -> list[DrawContext]:
+    """Return a context for each group of samples in a batch."""
     targets, rows = places.targets_of(batch), places.rows_of(batch)
     shown = targets[0] if len(targets) == 1 else targets
-    groups = range(len(places.groups))
-    return [DrawContext(places.samples(batch, group), shown, batch, rows=rows, **how) for group in groups]
+    how = layers, alpha, epoch, draws, partners, dominant, rows
+    return [DrawContext(places.samples(batch, group), shown, batch, *how) for group in range(len(places.groups))]
 
 
 def check_draw(draw: Any, layers: Mapping[str, float], n: int) -> None:

@@ -203,11 +203,11 @@ class _Superposed(Tensor):
     ) -> Any:
         from lightning_manifold_mixup._step import operations
 
+        kwargs = kwargs or {}
+        plain_way = func is F.cross_entropy and len(args) == 2
+        if plain_way and (losses := operations.plain_cross_entropy(*args, **kwargs)) is not None:
+            return losses
         with torch._C.DisableTorchFunctionSubclass():
-            kwargs = kwargs or {}
-            plain_way = func is F.cross_entropy and len(args) == 2
-            if plain_way and (losses := operations.plain_cross_entropy(*args, **kwargs)) is not None:
-                return losses
             return operations.evaluate(func, args, kwargs)
 
     @property
