@@ -217,13 +217,22 @@ class DrawContext:
         return Draw(self.draw_layer(), self.draw_mix())
 
 
-def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
-    """Return a context for each group of samples in a batch; ``how`` are the other fields."""
-    rows, contexts = places.rows_of(batch), []
+def contexts_of(
+    batch: Any,
+    places: Places,
+    layers: Mapping[str, float],
+    alpha: Alpha,
+    epoch: int,
+    draws: Draws,
+    partners: Partners | None = None,
+    dominant: bool = False,
+) -> list[DrawContext]:
+    """Return a context for each group of samples in a batch."""
+    how, contexts = (layers, alpha, epoch, draws, partners, dominant, places.rows_of(batch)), []
     for number, group in enumerate(places.groups):
         targets = [places.of(batch, key) for key in group.targets]
         shown = targets[0] if len(targets) == 1 else targets
-        contexts.append(DrawContext(places.samples(batch, number), shown, batch, rows=rows, **how))
+        contexts.append(DrawContext(places.samples(batch, number), shown, batch, *how))
     return contexts
 
 

@@ -99,7 +99,8 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers()
-        self._states: Any = None  # of the random generators, before the step
+        self._random = False  # whether the training step draws random numbers, as far as the oracles have seen
+        self._states: Any = None  # of the random generators, before the step; None if it draws none
         self._written: set[nn.Parameter] = set()  # by the training step itself
         self._writes_batch = False
         self._parts = [part for part in module.modules() if reads_mode(part.__class__)]
@@ -176,7 +177,8 @@ class Fit:
             return training_step(*args, **kwargs)
         proof, layer = self.proof, step.site.layer
         if not self._checked:
-            self._prove(proof.due(self.plan.layers or (), layer, self._mixed), step, call)
+            if due := proof.due(self.plan.layers or (), layer, self._mixed):
+                self._prove(due, step, call)
             self._mixed += 1
         eager = self._eager(step, call) if self._checked else None
         passes, weight = self._prepare(step), self.options.clean_weight
@@ -216,9 +218,9 @@ class Fit:
         able = self.module.automatic_optimization and not step.superposition.lam.ndim
         step.reader = self._answers = Answers(proof.harmless, passes == 1 and proof.enabled)
         step.superposition.forgiving = able and passes == "auto"
-        # Where the oracles have seen nothing of the kind, PyTorch's alone: the others take longer to note.
-        proven = proof.enabled and proof.passes == 1 and not proof.harmless
-        self._states = torch.get_rng_state() if proven else random_states(())
+        # Noting the states takes as long as several operations, so not where the oracles have seen that none is used.
+        proven = proof.enabled and proof.passes == 1 and not proof.harmless and not self._random
+        self._states = None if proven else random_states(())
         return proof.passes_at(step.site.layer) if able else proof.passes or 1
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
@@ -254,6 +256,7 @@ class Fit:
         if trials is not None:
             self._written |= trials.seen.written
             self._writes_batch |= trials.seen.writes_batch
+            self._random |= trials.seen.random
         self.plan.passes = self.proof.passes
         if trials is not None and trials.seen.superposed:
             self._hook_criteria(sorted(trials.seen.fired))
