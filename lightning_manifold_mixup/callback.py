@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import check_compiled
 from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext, check_draw, contexts_of
-from lightning_manifold_mixup._step.fit import Fit, Options, Plan
+from lightning_manifold_mixup._step.fit import Fit, FitState, Options
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
@@ -127,7 +127,7 @@ class ManifoldMixupCallback(Callback):
         self.log_mixing = log_mixing
         self._draw: Draw | None = None
         self._keys = Keys(input_key, target_key, mask_key)
-        self._plan = Plan()
+        self._state = FitState()
         self._fit: Fit | None = None
         self._announced = False
         self._said = ""  # what was found in the batches, in words
@@ -176,7 +176,7 @@ class ManifoldMixupCallback(Callback):
         if draws.uniform() >= self.probability:
             return
         places = self._keys.locate(batch, self.batch_dim)
-        layers, epoch = self._plan.layers, trainer.current_epoch
+        layers, epoch = self._state.layers, trainer.current_epoch
         first, *others = contexts_of(batch, places, layers or {}, alpha, epoch, draws, self.partners, self.dominant)
         device = places.sample_of(batch).device
         if not self._announced and first.n == 1:
@@ -210,12 +210,12 @@ class ManifoldMixupCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._announced and self._plan.layers is not None and self._fit is not None and self._fit.step:
+        if not self._announced and self._state.layers is not None and self._fit is not None and self._fit.step:
             self._announce(self._fit.step.site.places)
         if self.log_mixing:
             forget(trainer)
             if (draw := self.last_draw) is not None:
-                values = values_of(draw, list(self._plan.layers or ()), self._alpha_of(trainer), outputs)
+                values = values_of(draw, list(self._state.layers or ()), self._alpha_of(trainer), outputs)
                 n = len(draw.mix.partners)
                 self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
         self._disarm()
@@ -239,7 +239,7 @@ class ManifoldMixupCallback(Callback):
         if stage == "fit":
             self._said = ""
             check_compiled(pl_module)
-            self._plan = Plan()  # a resumed run loads its plan after this; another network needs another one
+            self._state = FitState()  # a resumed run loads its state after this; another network needs another one
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -263,7 +263,7 @@ class ManifoldMixupCallback(Callback):
             self.passes,
             self.clean_weight,
         )
-        self._fit = Fit(trainer, pl_module, options, self._plan)
+        self._fit = Fit(trainer, pl_module, options, self._state)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -283,21 +283,23 @@ class ManifoldMixupCallback(Callback):
         self._restore()
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Complete the plan: what the arguments say goes before what a checkpoint says."""
+        """Complete the state: what the arguments say goes before what a checkpoint says."""
         named = named_layers(pl_module)
         for name in self.target_modules:
             if name not in named:
                 raise ValueError(f"`target_modules`: {unknown_layer(name, pl_module)}")
         if self.layers != "auto":
             layers = weighted_layers(pl_module, self.layers)
-            if layers != self._plan.layers:
-                self._plan = Plan(layers=layers, seed=self._plan.seed, passes=self._plan.passes)
-        elif self._plan.layers is not None and any(name not in named for name in self._plan.layers if name != "input"):
-            self._plan.layers = None  # a checkpoint of a network with other names
+            if layers != self._state.layers:
+                self._state = FitState(layers=layers, seed=self._state.seed, passes=self._state.passes)
+        elif self._state.layers is not None and any(
+            name not in named for name in self._state.layers if name != "input"
+        ):
+            self._state.layers = None  # a checkpoint of a network with other names
         if self.seed is not None:
-            self._plan.seed = self.seed
-        elif self._plan.seed is None:
-            self._plan.seed = trainer.strategy.broadcast(global_seed())
+            self._state.seed = self.seed
+        elif self._state.seed is None:
+            self._state.seed = trainer.strategy.broadcast(global_seed())
 
     def _disarm(self) -> Fit | None:
         self._draw = None
@@ -317,14 +319,14 @@ class ManifoldMixupCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._plan))
+        return dict(vars(self._state))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        known = {name: state_dict.get(name) for name in vars(Plan())}
+        known = {name: state_dict.get(name) for name in vars(FitState())}
         if isinstance(known["layers"], list):
             known["layers"] = dict.fromkeys(known["layers"], 1.0)
-        self._plan = Plan(**known)
+        self._state = FitState(**known)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_fit": None}
@@ -332,7 +334,7 @@ class ManifoldMixupCallback(Callback):
     @property
     def layers_(self) -> list[str] | None:
         """S, by name; None until it is chosen."""
-        return None if self._plan.layers is None else list(self._plan.layers)
+        return None if self._state.layers is None else list(self._state.layers)
 
     def __str__(self) -> str:
         how = " (auto)" if self.layers == "auto" else ""

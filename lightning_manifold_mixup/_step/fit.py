@@ -34,8 +34,8 @@ from lightning_manifold_mixup.mixing import Mix
 
 
 @dataclass
-class Plan:
-    """What is decided once, and saved in the checkpoint.
+class FitState:
+    """What is decided once in a fit, and saved in its checkpoints.
 
     Attributes:
         layers: S, with the weight of each layer; None until the first batch has been observed.
@@ -61,18 +61,16 @@ class Options:
 
 
 @dataclass
-class _Settled:
+class _Observed:
     """What the first batch of a fit has shown.
 
     Attributes:
         dims: for each layer of S, the batch dimension of each tensor of its output.
         classes: keys of float targets that hold classes.
-        criteria: names of the criterion modules.
     """
 
     dims: dict[str, Any] = field(default_factory=dict)
     classes: frozenset[Any] = frozenset()
-    criteria: list[str] = field(default_factory=list)
 
 
 class Fit:
@@ -82,16 +80,16 @@ class Fit:
         trainer: of the fit.
         module: whose ``training_step`` is mixed.
         options: what the user has set.
-        plan: S and the seed; completed here.
+        state: what is decided once; completed here.
     """
 
-    def __init__(self, trainer: Any, module: Any, options: Options, plan: Plan) -> None:
-        self.trainer, self.module, self.options, self.plan = trainer, module, options, plan
-        self.proof = Proof(trainer, options.self_check, options.passes, plan.passes)
-        self.draws = Draws(plan.seed, trainer.global_rank)
+    def __init__(self, trainer: Any, module: Any, options: Options, state: FitState) -> None:
+        self.trainer, self.module, self.options, self.state = trainer, module, options, state
+        self.proof = Proof(trainer, options.self_check, options.passes, state.passes)
+        self.draws = Draws(state.seed, trainer.global_rank)
         self.step: Step | None = None
-        self.call_settles = False
-        self._settled: _Settled | None = None
+        self.observes = False
+        self._observed: _Observed | None = None
         self._mixed = 0
         self._plain_inputs = False
         self._checked = False  # in this batch
@@ -117,8 +115,8 @@ class Fit:
         for name in options.target_modules:
             self._target_hooks.append(TargetHook(options.batch_dim))
             self._stack.callback(named[name].register_forward_hook(self._target_hooks[-1]).remove)
-        if plan.layers is not None:
-            self._hook_layers(plan.layers)
+        if state.layers is not None:
+            self._hook_layers(state.layers)
         self._stand_in = StandIn(self)
         self._stack.callback(self._stand_in.leave)
 
@@ -141,7 +139,7 @@ class Fit:
         self._armed = [*self._target_hooks] if hook is None else [hook, *self._target_hooks]
         superposition = Superposition(mixes[0].lam, mixes[0].number).to(mixes[0].partners.device)
         self.step = Step(self.module, self._site(layer or "", places), mixes, hook, superposition, self._written)
-        self.call_settles = layer is None
+        self.observes = layer is None
         for target_hook in self._target_hooks:
             target_hook.arm(mixes if layer not in (None, INPUT) else ())
 
@@ -169,15 +167,15 @@ class Fit:
         step = self.step
         assert step is not None
         call = Call(args, kwargs)
-        if self._settled is None and (settled := self._settle(training_step, call)) is not None:
+        if self._observed is None and (observed := self._observe(training_step, call)) is not None:
             self.disarm()  # it ran as it was observed: unmixed
-            return settled[0]
-        if self.call_settles:
-            self._prove(self.plan.layers or (), step, call)
+            return observed[0]
+        if self.observes:
+            self._prove(self.state.layers or (), step, call)
             return training_step(*args, **kwargs)
         proof, layer = self.proof, step.site.layer
         if not self._checked:
-            if due := proof.due(self.plan.layers or (), layer, self._mixed):
+            if due := proof.due(self.state.layers or (), layer, self._mixed):
                 self._prove(due, step, call)
             self._mixed += 1
         eager = self._eager(step, call) if self._checked else None
@@ -225,7 +223,7 @@ class Fit:
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
         """Run the eager step to compare the compiled one with; None if the oracles were not asked about the batch."""
-        plain = not (step.superposition.lam.ndim or self.options.clean_weight or self._settled is None)
+        plain = not (step.superposition.lam.ndim or self.options.clean_weight or self._observed is None)
         if not plain or not self.module.automatic_optimization or not self._compiled:
             return None
         if not self.proof.enabled or self._compared >= self._mixed:  # an LBFGS closure runs several times for a batch
@@ -238,7 +236,7 @@ class Fit:
     def _prove(self, layers: Collection[str], step: Step, call: Call, again: bool = False) -> None:
         if not layers or not self.proof.enabled:
             return
-        assert self._settled is not None
+        assert self._observed is not None
         self._checked = True
         places = step.site.places
         sizes = [places.samples(call.batch, group) for group in range(len(places.groups))]
@@ -257,17 +255,17 @@ class Fit:
             self._written |= trials.seen.written
             self._writes_batch |= trials.seen.writes_batch
             self._random |= trials.seen.random
-        self.plan.passes = self.proof.passes
+        self.state.passes = self.proof.passes
         if trials is not None and trials.seen.superposed:
             self._hook_criteria(sorted(trials.seen.fired))
 
-    def _settle(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:
+    def _observe(self, training_step: Callable[..., Any], call: Call) -> tuple[Any] | None:
         """Observe the step on a ghost: S is chosen, or checked. Return its output if it had to run for real."""
         step = self.step
         assert step is not None
         places = step.site.places
         real: tuple[Any] | None = None
-        for layer in self.plan.layers or ["not yet chosen"]:  # raises for what cannot be mixed, before anything runs
+        for layer in self.state.layers or ["not yet chosen"]:  # raises for what cannot be mixed, before anything runs
             self._site(layer, places).mixed(call.batch, step.mixes, step.mixes, "partners")
         try:
             seen = watch(self.module, call, step.site, step.mixes)
@@ -283,30 +281,30 @@ class Fit:
             return real or (training_step(*call.args, **call.kwargs),)
         for key, line in seen.classes.items():
             rank_zero_info(f"Manifold Mixup: the float target at {key!r} is treated as classes ({line}).")
-        self._settled = _Settled(classes=frozenset(seen.classes))
+        self._observed = _Observed(classes=frozenset(seen.classes))
         self._written |= seen.written
-        self._settle_layers(seen.report)
+        self._decide_layers(seen.report)
         self._places = None
         step.site = self._site(step.site.layer, places)
         return real
 
-    def _settle_layers(self, report: LayerReport) -> None:
-        plan = self.plan
-        if plan.layers is None:
+    def _decide_layers(self, report: LayerReport) -> None:
+        state = self.state
+        if state.layers is None:
             names = self.trainer.strategy.broadcast(report.default)
-            plan.layers = dict.fromkeys(names, 1.0)
+            state.layers = dict.fromkeys(names, 1.0)
             if INPUT in names and self.step is not None:
                 self.step.site.places.require_inputs()
             _announce_default(names, report)
-            self._hook_layers(plan.layers)
-        elif refusals := [refusal for name in plan.layers if (refusal := report.refusal(name))]:
+            self._hook_layers(state.layers)
+        elif refusals := [refusal for name in state.layers if (refusal := report.refusal(name))]:
             raise MisconfigurationException("\n".join(refusals))
-        assert self._settled is not None
+        assert self._observed is not None
         for name, hook in self._hooks.items():
             row = report.row(name)
             if report.batch_size > 1:  # the shapes of one sample do not tell which dimension counts the samples
                 hook.dims = [dim for dim, shape in zip(row.batch_dims, row.shapes, strict=True) if shape]
-                self._settled.dims[name] = hook.dims
+                self._observed.dims[name] = hook.dims
             if row.ambiguous and any(len(shape) == 3 for shape in row.shapes):  # a sequence may be time-major
                 rank_zero_warn(
                     f"The output of {name!r} has shape {row.shapes[0]}: two dimensions have the size of the batch. The "
@@ -320,8 +318,8 @@ class Fit:
             self._places, self._sites = places, {}
         site = self._sites.get(layer)
         if site is None:
-            settled, options = self._settled or _Settled(), self.options
-            site = Site(layer, places, settled.dims, options.batch_dim, settled.classes, options.target_modules)
+            observed, options = self._observed or _Observed(), self.options
+            site = Site(layer, places, observed.dims, options.batch_dim, observed.classes, options.target_modules)
             self._sites[layer] = site
         return site
 
