@@ -243,12 +243,12 @@ class ManifoldMixupCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._make_plan(trainer, pl_module)
+        self._complete_state(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
-        self._make_plan(trainer, pl_module)  # again: sharded strategies load checkpoints after on_fit_start
+        self._complete_state(trainer, pl_module)  # again: sharded strategies load checkpoints after on_fit_start
         self._announced = False
         if self.alpha == 0 or self.probability == 0:
             rank_zero_info(f"{self}: nothing is mixed.")
@@ -282,24 +282,22 @@ class ManifoldMixupCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore()
 
-    def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _complete_state(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the state: what the arguments say goes before what a checkpoint says."""
-        named = named_layers(pl_module)
+        named, state = named_layers(pl_module), self._state
         for name in self.target_modules:
             if name not in named:
                 raise ValueError(f"`target_modules`: {unknown_layer(name, pl_module)}")
         if self.layers != "auto":
             layers = weighted_layers(pl_module, self.layers)
-            if layers != self._state.layers:
-                self._state = FitState(layers=layers, seed=self._state.seed, passes=self._state.passes)
-        elif self._state.layers is not None and any(
-            name not in named for name in self._state.layers if name != "input"
-        ):
-            self._state.layers = None  # a checkpoint of a network with other names
+            if layers != state.layers:
+                self._state = state = FitState(layers, state.seed, state.passes)
+        elif state.layers is not None and any(name not in named for name in state.layers if name != "input"):
+            state.layers = None  # a checkpoint of a network with other names
         if self.seed is not None:
-            self._state.seed = self.seed
-        elif self._state.seed is None:
-            self._state.seed = trainer.strategy.broadcast(global_seed())
+            state.seed = self.seed
+        elif state.seed is None:
+            state.seed = trainer.strategy.broadcast(global_seed())
 
     def _disarm(self) -> Fit | None:
         self._draw = None
