@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.batch.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.compiled import check_compiled
 from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule, DrawContext, check_draw, contexts_of
 from lightning_manifold_mixup._step.fit import Fit, FitState, Options
 from lightning_manifold_mixup._step.host import Callback
-from lightning_manifold_mixup._step.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup._step.randomness import global_seed

@@ -26,7 +26,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_manifold_mixup._step.batch import tensors
+from lightning_manifold_mixup._step.batch.tree import tensors
 from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.dims import batch_dims, is_state, wrong_shape
 from lightning_manifold_mixup._step.draw_check import check_draw, check_target, number_of

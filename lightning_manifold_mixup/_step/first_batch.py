@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.call import Call
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated, out_of_reach
 from lightning_manifold_mixup._step.step import Site

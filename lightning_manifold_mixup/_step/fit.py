@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_manifold_mixup._step.batch.keys import Keys, Places
 from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.compiled_check import Eager, eager_step
@@ -21,7 +22,6 @@ from lightning_manifold_mixup._step.drawing import Draws, cycle
 from lightning_manifold_mixup._step.first_batch import watch
 from lightning_manifold_mixup._step.ghost import NoGhostError, batch_of_ghosts, random_states
 from lightning_manifold_mixup._step.hooks import MixingHook, TargetHook, hand_plain_inputs
-from lightning_manifold_mixup._step.keys import Keys, Places
 from lightning_manifold_mixup._step.modes import modes_of, nodes_made, reads_mode
 from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.reads import Answers

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.names import marks_padding
-from lightning_manifold_mixup._step.places import Places
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.names import marks_padding
+from lightning_manifold_mixup._step.batch.places import Places
 from lightning_manifold_mixup._step.self_check import Verdict, swap
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.trials import Mixes, Trials

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_manifold_mixup._step.batch import tensors
+from lightning_manifold_mixup._step.batch.tree import tensors
 
 
 class Read(NamedTuple):

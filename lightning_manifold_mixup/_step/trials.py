@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_manifold_mixup._step import batch as batches
+from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.devices import float64

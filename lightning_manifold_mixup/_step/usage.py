@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self, override
 
-from lightning_manifold_mixup._step.batch import tensors
+from lightning_manifold_mixup._step.batch.tree import tensors
 from lightning_manifold_mixup._step.recording import Read, Recording, function_name
 
 Use = Literal["values", "classes", "both"]

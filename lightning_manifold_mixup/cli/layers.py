@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.keys import Keys
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup.cli.request import asked_for, class_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, UsageError
 from lightning_manifold_mixup.cli.training import Parser, Prepared

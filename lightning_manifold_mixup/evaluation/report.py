@@ -21,9 +21,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup._step.host import Callback
-from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.evaluation.tables import Row, print_table
 
 if TYPE_CHECKING:

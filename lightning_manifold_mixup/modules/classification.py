@@ -16,9 +16,9 @@ from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection, MinMetr
 from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import TypedDict, override
 
+from lightning_manifold_mixup._step.batch.keys import KeyOrKeys
 from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule
 from lightning_manifold_mixup._step.host import Module
-from lightning_manifold_mixup._step.keys import KeyOrKeys
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.modules.losses import LossName, SoftLabelLossMixin

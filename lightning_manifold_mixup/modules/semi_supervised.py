@@ -36,7 +36,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_manifold_mixup._step.batch import describe
+from lightning_manifold_mixup._step.batch.tree import describe
 from lightning_manifold_mixup._step.drawing import DrawContext
 from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup.callback import ManifoldMixupCallback

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import AlphaSchedule, Draw, ManifoldMixupCallback, Mix, eligible_layers
+from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup._step.drawing import contexts_of
-from lightning_manifold_mixup._step.keys import Keys
 from lightning_manifold_mixup.partners import ClassBalancedPartners, LabelDistancePartners
 from tests.exactness import Module, by_hand, data, train
 from tests.helpers import LAYERS, Classifier, Draws, loader, trainer

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_manifold_mixup import MixedTarget, MixingError, draw_mix, mixed_loss
-from lightning_manifold_mixup._step.batch import get, without
-from lightning_manifold_mixup._step.keys import Keys
+from lightning_manifold_mixup._step.batch.keys import Keys
+from lightning_manifold_mixup._step.batch.tree import get, without
 from lightning_manifold_mixup._step.mixed_target import MixedValue
 from lightning_manifold_mixup._step.step import Site
 from lightning_manifold_mixup._step.targets import Superposition, plain

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.batch import Key, children, item, joined
-from lightning_manifold_mixup._step.names import (
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.names import (
     INPUTS,
     TARGETS,
     is_mask,
@@ -21,6 +20,7 @@ from lightning_manifold_mixup._step.names import (
     never_a_label,
     says_nothing,
 )
+from lightning_manifold_mixup._step.batch.tree import Key, children, item, joined
 
 _IMAGES = ("image", "images", "img", "imgs", "pixel_values")
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.batch import Key
-from lightning_manifold_mixup._step.finding import (
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.finding import (
     beside_labels,
     find_input,
     find_target,
@@ -21,9 +20,10 @@ from lightning_manifold_mixup._step.finding import (
     target_is_input,
     why_no_labels,
 )
-from lightning_manifold_mixup._step.names import attention_masks, row_masks
-from lightning_manifold_mixup._step.places import Group as Group
-from lightning_manifold_mixup._step.places import Places as Places
+from lightning_manifold_mixup._step.batch.names import attention_masks, row_masks
+from lightning_manifold_mixup._step.batch.places import Group as Group
+from lightning_manifold_mixup._step.batch.places import Places as Places
+from lightning_manifold_mixup._step.batch.tree import Key
 
 KeyOrKeys = Key | Sequence[Key] | None
 """What a user writes: an index, a name, a list or tuple of those (of OmegaConf too), or None to have it found."""

@@ -9,8 +9,8 @@ from transformers import BatchEncoding
 from transformers.utils import ModelOutput
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup._step.batch import describe, get, leaves, replaced, structure, tensors, without
-from lightning_manifold_mixup._step.finding import find_input, find_target
+from lightning_manifold_mixup._step.batch.finding import find_input, find_target
+from lightning_manifold_mixup._step.batch.tree import describe, get, leaves, replaced, structure, tensors, without
 from tests.graphs import Batch, Data, HeteroData, TensorDict, tensorclass
 
 Named = collections.namedtuple("Named", "a b")

@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.keys import Keys
-from lightning_manifold_mixup._step.names import attention_masks, label_candidates, marks_padding, never_a_label
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.keys import Keys
+from lightning_manifold_mixup._step.batch.names import attention_masks, label_candidates, marks_padding, never_a_label
 from tests.graphs import Batch, Data, HeteroData
 
 N = 4

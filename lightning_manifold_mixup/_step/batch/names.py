@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.batch import Key
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.tree import Key
 
 INPUTS = (
     "input", "inputs", "x", "image", "images", "img", "imgs", "data", "features", "pixel_values", "input_values",

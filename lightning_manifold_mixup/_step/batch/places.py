@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_manifold_mixup._step import batch as batches
-from lightning_manifold_mixup._step.batch import Key
+from lightning_manifold_mixup._step.batch import tree as batches
+from lightning_manifold_mixup._step.batch.tree import Key
 
 
 @dataclass(frozen=True)
