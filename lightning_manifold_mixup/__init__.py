@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_manifold_mixup._step.drawing import AlphaSchedule as AlphaSchedule
     from lightning_manifold_mixup._step.drawing import DrawContext as DrawContext
-    from lightning_manifold_mixup._step.mixed_loss import mixed_loss as mixed_loss
-    from lightning_manifold_mixup._step.mixed_target import MixedTarget as MixedTarget
-    from lightning_manifold_mixup._step.targets import MixingError as MixingError
+    from lightning_manifold_mixup._step.labels.mixed_loss import mixed_loss as mixed_loss
+    from lightning_manifold_mixup._step.labels.mixed_target import MixedTarget as MixedTarget
+    from lightning_manifold_mixup._step.labels.targets import MixingError as MixingError
     from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
     from lightning_manifold_mixup.layers import eligible_layers as eligible_layers
     from lightning_manifold_mixup.mixing import Draw as Draw
@@ -34,13 +34,13 @@ _HOMES = {
     "ManifoldMixupCallback": "callback",
     "ManifoldMixupModule": "modules.classification",
     "Mix": "mixing",
-    "MixedTarget": "_step.mixed_target",
-    "MixingError": "_step.targets",
+    "MixedTarget": "_step.labels.mixed_target",
+    "MixingError": "_step.labels.targets",
     "SemiSupervisedManifoldMixupModule": "modules.semi_supervised",
     "SoftLabelLossMixin": "modules.losses",
     "draw_mix": "mixing",
     "eligible_layers": "layers",
-    "mixed_loss": "_step.mixed_loss",
+    "mixed_loss": "_step.labels.mixed_loss",
     "mixing": "mixing",
     "unmixed": "mixing",
 }

@@ -32,10 +32,10 @@ from lightning_manifold_mixup._step.dims import batch_dims, is_state, wrong_shap
 from lightning_manifold_mixup._step.draw_check import check_draw, check_target, number_of
 from lightning_manifold_mixup._step.hooks import MixingHook
 from lightning_manifold_mixup._step.interpolation import differentiable, interpolate
-from lightning_manifold_mixup._step.mixed_target import MixedTarget
+from lightning_manifold_mixup._step.labels.mixed_target import MixedTarget
+from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.switches import mixing_opened
 from lightning_manifold_mixup._step.switches import unmixed as unmixed
-from lightning_manifold_mixup._step.targets import MixingError
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Accuracy, MetricCollection
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, MixedTarget, MixingError
-from lightning_manifold_mixup._step.targets import plain
+from lightning_manifold_mixup._step.labels.targets import plain
 from lightning_manifold_mixup.paper.models import preact_resnet18
 from tests.exactness import train
 from tests.helpers import (

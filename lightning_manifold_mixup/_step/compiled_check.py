@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import random_states, same_random_states
+from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.targets import MixingError
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 # Compilers fuse and reorder operations; a mistake in the mixing would be larger.

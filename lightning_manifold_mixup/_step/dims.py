@@ -8,7 +8,7 @@ from typing import Any
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_manifold_mixup._step.targets import MixingError
+from lightning_manifold_mixup._step.labels.targets import MixingError
 
 
 def sample_dim(shape: Sequence[int], n: int, batch_dim: int | None = None, rows: Collection[int] = ()) -> int | None:

@@ -28,8 +28,8 @@ from typing_extensions import override
 
 from lightning_manifold_mixup._step.compiled import compiled_parts, eager
 from lightning_manifold_mixup._step.host import Callback
+from lightning_manifold_mixup._step.labels.targets import plain
 from lightning_manifold_mixup._step.rebinding import rebind
-from lightning_manifold_mixup._step.targets import plain
 from lightning_manifold_mixup._step.writes import Writes
 
 

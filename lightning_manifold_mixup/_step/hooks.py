@@ -14,9 +14,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_manifold_mixup._step.dims import batch_dims
 from lightning_manifold_mixup._step.interpolation import differentiable
+from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.modes import nodes_made
 from lightning_manifold_mixup._step.switches import is_unmixed
-from lightning_manifold_mixup._step.targets import MixingError
 
 if TYPE_CHECKING:
     from lightning_manifold_mixup.mixing import Mix

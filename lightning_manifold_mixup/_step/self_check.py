@@ -18,9 +18,9 @@ import torch
 
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import same_random_states
-from lightning_manifold_mixup._step.reads import Line, Reads
+from lightning_manifold_mixup._step.labels.reads import Line, Reads
+from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.targets import MixingError
 from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 # Of random numbers whose effect may be small, one draw may look like another.

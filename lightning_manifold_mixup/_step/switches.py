@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from lightning_manifold_mixup._step.targets import MixingError
+from lightning_manifold_mixup._step.labels.targets import MixingError
 
 _mixing = 0
 _unmixed = 0

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.call import Call, loss_of
-from lightning_manifold_mixup._step.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.ghost import (
     Backwards,
@@ -25,9 +24,10 @@ from lightning_manifold_mixup._step.ghost import (
     random_states,
     same_random_states,
 )
-from lightning_manifold_mixup._step.pairs import tensors
+from lightning_manifold_mixup._step.labels.criteria import criterion_hooks, plain_metrics
+from lightning_manifold_mixup._step.labels.pairs import tensors
+from lightning_manifold_mixup._step.labels.targets import Reader, Superposition, plain
 from lightning_manifold_mixup._step.step import How, Site
-from lightning_manifold_mixup._step.targets import Reader, Superposition, plain
 from lightning_manifold_mixup.mixing import Mix
 
 # How many modules before the loss have their gradients compared.

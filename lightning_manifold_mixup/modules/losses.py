@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_manifold_mixup._step.mixed_loss import mixed_loss
+from lightning_manifold_mixup._step.labels.mixed_loss import mixed_loss
 
 LossName = Literal["cross_entropy", "bce"]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_manifold_mixup import Mix, SoftLabelLossMixin
-from lightning_manifold_mixup._step.targets import plain
+from lightning_manifold_mixup._step.labels.targets import plain
 from lightning_manifold_mixup.modules.losses import label_accuracy, softmax_bce
 
 MIX = Mix(torch.tensor(0.3), torch.tensor([1, 2, 3, 0]))

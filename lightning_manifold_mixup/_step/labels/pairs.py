@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_manifold_mixup._step.targets import Superposition, SuperpositionError
+from lightning_manifold_mixup._step.labels.targets import Superposition, SuperpositionError
 
 REMEDY = (
     "Put the computation into a function and call `mixed_loss(function, logits, y)`, or into a criterion module "

@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_manifold_mixup._step.pairs import note_use, paired, tensors
-from lightning_manifold_mixup._step.switches import mixing_is_open
-from lightning_manifold_mixup._step.targets import (
+from lightning_manifold_mixup._step.labels.pairs import note_use, paired, tensors
+from lightning_manifold_mixup._step.labels.targets import (
     MixingError,
     SuperpositionError,
     labellings,
     plain,
     superpositions,
 )
+from lightning_manifold_mixup._step.switches import mixing_is_open
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_manifold_mixup._step.devices import float64
-from lightning_manifold_mixup._step.pairs import REMEDY, note_use, paired, tensors
-from lightning_manifold_mixup._step.targets import (
+from lightning_manifold_mixup._step.labels.pairs import REMEDY, note_use, paired, tensors
+from lightning_manifold_mixup._step.labels.targets import (
     KINDS,
     SAMPLES,
     Superposed,

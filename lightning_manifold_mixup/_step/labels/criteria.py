@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
-from lightning_manifold_mixup._step.pairs import note_use, paired, tensors
-from lightning_manifold_mixup._step.targets import (
+from lightning_manifold_mixup._step.labels.pairs import note_use, paired, tensors
+from lightning_manifold_mixup._step.labels.targets import (
     Superposed,
     Superposition,
     SuperpositionError,

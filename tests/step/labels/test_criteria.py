@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
-from lightning_manifold_mixup._step.criteria import criterion_candidates
+from lightning_manifold_mixup._step.labels.criteria import criterion_candidates
 from tests.helpers import Classifier, Draws, images, loader, trainer
 
 

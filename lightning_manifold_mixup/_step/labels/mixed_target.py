@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self, override
 
-from lightning_manifold_mixup._step.operations import evaluate, plain_cross_entropy
-from lightning_manifold_mixup._step.targets import KINDS, Superposed, Superposition
+from lightning_manifold_mixup._step.labels.operations import evaluate, plain_cross_entropy
+from lightning_manifold_mixup._step.labels.targets import KINDS, Superposed, Superposition
 
 
 class _Evaluated(Superposed):

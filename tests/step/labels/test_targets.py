@@ -20,9 +20,9 @@ from torch import nn
 from lightning_manifold_mixup import MixedTarget, MixingError, draw_mix, mixed_loss
 from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup._step.batch.tree import get, without
-from lightning_manifold_mixup._step.mixed_target import MixedValue
+from lightning_manifold_mixup._step.labels.mixed_target import MixedValue
+from lightning_manifold_mixup._step.labels.targets import Superposition, plain
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.targets import Superposition, plain
 
 N, C = 8, 5
 LAM = torch.tensor(0.3)

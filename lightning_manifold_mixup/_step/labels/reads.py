@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_manifold_mixup._step.targets import MixingError, SuperpositionError
+from lightning_manifold_mixup._step.labels.targets import MixingError, SuperpositionError
 from lightning_manifold_mixup._step.usage import in_torchmetrics
 
 # More reads than this are taken for a loop that waits for another value.
@@ -23,7 +23,7 @@ _READS = 1000
 # Functions that make a tensor of an array or a list.
 _FROM_HOST = {"tensor", "as_tensor", "asarray", "new_tensor"}
 _LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, torchmetrics.__file__))
-_LIBRARIES += (str(Path(__file__).parents[1]),)
+_LIBRARIES += (str(Path(__file__).parents[2]),)
 
 # A line of code: the code object, and the number of the line.
 Line = tuple[Any, int]

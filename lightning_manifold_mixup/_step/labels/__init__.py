@@ -1,0 +1,1 @@
+"""Labels in superposition, and the user's code that is handed them."""
