@@ -6,11 +6,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_manifold_mixup._step.drawing import AlphaSchedule as AlphaSchedule
-    from lightning_manifold_mixup._step.drawing import DrawContext as DrawContext
     from lightning_manifold_mixup._step.labels.mixed_loss import mixed_loss as mixed_loss
     from lightning_manifold_mixup._step.labels.mixed_target import MixedTarget as MixedTarget
     from lightning_manifold_mixup._step.labels.targets import MixingError as MixingError
+    from lightning_manifold_mixup._step.mix.drawing import AlphaSchedule as AlphaSchedule
+    from lightning_manifold_mixup._step.mix.drawing import DrawContext as DrawContext
     from lightning_manifold_mixup.callback import ManifoldMixupCallback as ManifoldMixupCallback
     from lightning_manifold_mixup.layers import eligible_layers as eligible_layers
     from lightning_manifold_mixup.mixing import Draw as Draw
@@ -28,9 +28,9 @@ __version__ = "0.1.0"
 
 # Imported when they are first used: torch and lightning take seconds, and `manifold-mixup --help` needs neither.
 _HOMES = {
-    "AlphaSchedule": "_step.drawing",
+    "AlphaSchedule": "_step.mix.drawing",
     "Draw": "mixing",
-    "DrawContext": "_step.drawing",
+    "DrawContext": "_step.mix.drawing",
     "ManifoldMixupCallback": "callback",
     "ManifoldMixupModule": "modules.classification",
     "Mix": "mixing",

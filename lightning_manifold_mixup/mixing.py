@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.batch.tree import tensors
 from lightning_manifold_mixup._step.devices import sent
-from lightning_manifold_mixup._step.dims import batch_dims, is_state, wrong_shape
-from lightning_manifold_mixup._step.draw_check import check_draw, check_target, number_of
-from lightning_manifold_mixup._step.hooks import MixingHook
-from lightning_manifold_mixup._step.interpolation import differentiable, interpolate
 from lightning_manifold_mixup._step.labels.mixed_target import MixedTarget
 from lightning_manifold_mixup._step.labels.targets import MixingError
-from lightning_manifold_mixup._step.switches import mixing_opened
-from lightning_manifold_mixup._step.switches import unmixed as unmixed
+from lightning_manifold_mixup._step.mix.dims import batch_dims, is_state, wrong_shape
+from lightning_manifold_mixup._step.mix.draw_check import check_draw, check_target, number_of
+from lightning_manifold_mixup._step.mix.hooks import MixingHook
+from lightning_manifold_mixup._step.mix.interpolation import differentiable, interpolate
+from lightning_manifold_mixup._step.mix.switches import mixing_opened
+from lightning_manifold_mixup._step.mix.switches import unmixed as unmixed
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_manifold_mixup import Mix, MixedTarget, MixingError, draw_mix, mixing
 from lightning_manifold_mixup._step.compiled import torch_version
-from lightning_manifold_mixup._step.hooks import MixingHook
-from lightning_manifold_mixup._step.switches import is_unmixed, mixing_is_open
+from lightning_manifold_mixup._step.mix.hooks import MixingHook
+from lightning_manifold_mixup._step.mix.switches import is_unmixed, mixing_is_open
 from lightning_manifold_mixup.mixing import Draw, unmixed
 from tests.helpers import ConvNet, images
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lightning_manifold_mixup
-from lightning_manifold_mixup._step import interpolation
 from lightning_manifold_mixup._step.devices import float64, float64_device
+from lightning_manifold_mixup._step.mix import interpolation
 
 ROOT = Path(lightning_manifold_mixup.__file__).parent
 PACKAGE = ROOT.name

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from lightning_manifold_mixup._step.dims import sample_dims
+from lightning_manifold_mixup._step.mix.dims import sample_dims
 from lightning_manifold_mixup.layers.flow import SOURCE, Flow
 from lightning_manifold_mixup.layers.names import INPUT, named_layers
 from lightning_manifold_mixup.layers.paths import count_paths, find_sinks, weights_after

@@ -20,7 +20,7 @@ from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup._step.batch.tree import tensors
 from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated
-from lightning_manifold_mixup._step.hooks import is_training_forward
+from lightning_manifold_mixup._step.mix.hooks import is_training_forward
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, Rows, analyse
 from lightning_manifold_mixup.layers.flow import Flow, is_transformed
 from lightning_manifold_mixup.layers.names import INPUT, named_layers

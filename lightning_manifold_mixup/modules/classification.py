@@ -17,8 +17,8 @@ from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import TypedDict, override
 
 from lightning_manifold_mixup._step.batch.keys import KeyOrKeys
-from lightning_manifold_mixup._step.drawing import Alpha, AlphaSchedule
 from lightning_manifold_mixup._step.host import Module
+from lightning_manifold_mixup._step.mix.drawing import Alpha, AlphaSchedule
 from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.modules.losses import LossName, SoftLabelLossMixin

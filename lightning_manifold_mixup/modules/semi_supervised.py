@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.batch.tree import describe
-from lightning_manifold_mixup._step.drawing import DrawContext
 from lightning_manifold_mixup._step.host import is_overridden
+from lightning_manifold_mixup._step.mix.drawing import DrawContext
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
 from lightning_manifold_mixup.modules.classification import (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup._step.interpolation import GRAIN
+from lightning_manifold_mixup._step.mix.interpolation import GRAIN
 
 from .measure import Measure, Section, keep_memory
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_manifold_mixup._step.hooks import is_training_forward
+from lightning_manifold_mixup._step.mix.hooks import is_training_forward
 from lightning_manifold_mixup.layers import eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
 from tests import zoo

@@ -12,7 +12,7 @@ from torchmetrics import Accuracy
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_manifold_mixup import ManifoldMixupCallback
-from lightning_manifold_mixup._step.dims import sample_dims
+from lightning_manifold_mixup._step.mix.dims import sample_dims
 from lightning_manifold_mixup.layers import eligible_layers, observe
 from lightning_manifold_mixup.layers.cutpoints import Verdict
 from tests.exactness import by_hand, train

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup._step.randomness import generator
+from lightning_manifold_mixup._step.mix.randomness import generator
 from lightning_manifold_mixup.cli import figure as command
 from lightning_manifold_mixup.paper.figures import bottleneck, spectrum, spirals
 from lightning_manifold_mixup.paper.figures.training import (

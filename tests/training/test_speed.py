@@ -20,11 +20,11 @@ from torchmetrics import Accuracy
 
 import lightning_manifold_mixup
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix, draw_mix
-from lightning_manifold_mixup._step.drawing import Draws
 from lightning_manifold_mixup._step.labels.targets import plain
+from lightning_manifold_mixup._step.mix.drawing import Draws
+from lightning_manifold_mixup._step.mix.randomness import Stream, generator
 from lightning_manifold_mixup._step.modes import reads_mode
 from lightning_manifold_mixup._step.proof import Proof
-from lightning_manifold_mixup._step.randomness import Stream, generator
 
 # What reads a number from a device, or has a shape that depends on its data.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
@@ -56,7 +56,7 @@ class Counting(TorchDispatchMode):
 @pytest.fixture
 def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of all devices but the CPU, where reading lam on the host is no wait."""
-    from lightning_manifold_mixup._step import interpolation
+    from lightning_manifold_mixup._step.mix import interpolation
 
     monkeypatch.setattr(interpolation, "HOSTS", set())
 
@@ -186,7 +186,7 @@ def test_the_count_sees_a_wait() -> None:
 @pytest.mark.usefixtures("device_like")
 def test_mixing_on_a_device_without_data_reads_nothing(transposed: bool) -> None:
     """A meta tensor has no data: whatever asks for some, raises."""
-    from lightning_manifold_mixup._step.interpolation import interpolate
+    from lightning_manifold_mixup._step.mix.interpolation import interpolate
 
     h, lam, partners = (torch.empty(4, 3), torch.tensor(0.3), torch.arange(4))
     mixed = interpolate(*(t.to("meta") for t in (h, lam, partners)), 0, transposed)
@@ -274,7 +274,7 @@ def test_small_and_large_states_are_mixed_alike(layer: str, monkeypatch: pytest.
     """By PyTorch's operations with their own gradients, and by ours."""
     weights = []
     for small in (0, 1 << 14):
-        monkeypatch.setattr("lightning_manifold_mixup._step.interpolation.SMALL", small)
+        monkeypatch.setattr("lightning_manifold_mixup._step.mix.interpolation.SMALL", small)
         torch.manual_seed(1)
         after = Weights()
         fit(ManifoldMixupCallback(layers=[layer], seed=0), after)

@@ -15,7 +15,7 @@ from lightning_manifold_mixup._step.labels.targets import (
     plain,
     superpositions,
 )
-from lightning_manifold_mixup._step.switches import mixing_is_open
+from lightning_manifold_mixup._step.mix.switches import mixing_is_open
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_manifold_mixup._step.batch.places import Places
-from lightning_manifold_mixup._step.randomness import Stream
+from lightning_manifold_mixup._step.mix.randomness import Stream
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha, draw_mix
 from lightning_manifold_mixup.partners import Partners
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_manifold_mixup import Mix
-from lightning_manifold_mixup._step import interpolation
-from lightning_manifold_mixup._step.interpolation import interpolate
+from lightning_manifold_mixup._step.mix import interpolation
+from lightning_manifold_mixup._step.mix.interpolation import interpolate
 
 LAMS = [0.0, 0.3, 0.5, 0.8, 1.0]
 NO_TRITON = importlib.util.find_spec("triton") is None
@@ -213,7 +213,7 @@ def test_gradient_under_torch_compile(backend: str, per_sample: bool) -> None:
 
 IN_INTERPRETER = """
 import contextlib, torch
-from lightning_manifold_mixup._step import interpolation, kernels
+from lightning_manifold_mixup._step.mix import interpolation, kernels
 
 torch.cuda.device = lambda device: contextlib.nullcontext()
 for shape, dim in [((6, 4, 3), 0), ((3, 6, 7), 1), ((2, 3, 5), 2), ((4, 5000), 0), ((9,), 0), ((1, 5), 0), ((6, 0), 0)]:
@@ -249,7 +249,7 @@ def test_kernel_compiles_to_wide_loads_and_stores(dtype: str, words: str, per_sa
     triton = importlib.import_module("triton")
     source = importlib.import_module("triton.compiler").ASTSource
     target = importlib.import_module("triton.backends.compiler").GPUTarget
-    from lightning_manifold_mixup._step.kernels import mix_rows
+    from lightning_manifold_mixup._step.mix.kernels import mix_rows
 
     constants = {"transposed": True, "per_sample": per_sample, "double": dtype == "fp64", "block": 2048}
     signature = {
@@ -279,7 +279,7 @@ def no_kernel_known() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_kernel_known")
 def test_without_triton_the_plain_operations_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup._step.kernels", None)
+    monkeypatch.setitem(sys.modules, "lightning_manifold_mixup._step.mix.kernels", None)
     assert interpolation.kernel_for(torch.device("cpu")) is None
 
 
@@ -291,7 +291,7 @@ def test_a_triton_that_does_not_work_is_said_once_and_not_taken(monkeypatch: pyt
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setitem(
-        sys.modules, "lightning_manifold_mixup._step.kernels", types.SimpleNamespace(interpolate=broken)
+        sys.modules, "lightning_manifold_mixup._step.mix.kernels", types.SimpleNamespace(interpolate=broken)
     )
     with pytest.warns(UserWarning, match=r"Failed to find C compiler.*twice as long"):
         assert interpolation.kernel_for(torch.device("cpu")) is None

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import AlphaSchedule, Draw, ManifoldMixupCallback, Mix, eligible_layers
 from lightning_manifold_mixup._step.batch.keys import Keys
-from lightning_manifold_mixup._step.drawing import contexts_of
+from lightning_manifold_mixup._step.mix.drawing import contexts_of
 from lightning_manifold_mixup.partners import ClassBalancedPartners, LabelDistancePartners
 from tests.exactness import Module, by_hand, data, train
 from tests.helpers import LAYERS, Classifier, Draws, loader, trainer
 
-REFERENCE = Path(__file__).parents[2] / "notebooks" / "07_reference.ipynb"
+REFERENCE = Path(__file__).parents[3] / "notebooks" / "07_reference.ipynb"
 
 
 def draws_of(batches=400, n=6, **options):

@@ -166,7 +166,7 @@ def kernel_for(device: torch.device) -> Callable[..., Tensor] | None:
     It is tried on two numbers first: Triton needs a C compiler, and does not support every GPU.
     """
     try:
-        from lightning_manifold_mixup._step.kernels import interpolate as kernel
+        from lightning_manifold_mixup._step.mix.kernels import interpolate as kernel
     except ImportError:
         return None
     try:

@@ -1,0 +1,1 @@
+"""The draw, the arithmetic, and the hook that does it at layer k."""
