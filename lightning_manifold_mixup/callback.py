@@ -13,13 +13,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.batch.keys import KeyOrKeys, Keys
-from lightning_manifold_mixup._step.compiled import check_compiled
+from lightning_manifold_mixup._step.check.compiled import check_compiled
+from lightning_manifold_mixup._step.check.proof import Passes
 from lightning_manifold_mixup._step.fit import Fit, FitState, Options
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
 from lightning_manifold_mixup._step.mix.drawing import Alpha, AlphaSchedule, DrawContext, check_draw, contexts_of
 from lightning_manifold_mixup._step.mix.randomness import global_seed
-from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.layers import named_layers, unknown_layer, weighted_layers
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
 from lightning_manifold_mixup.partners import Partners

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_manifold_mixup import Mix, MixedTarget, MixingError, draw_mix, mixing
-from lightning_manifold_mixup._step.compiled import torch_version
+from lightning_manifold_mixup._step.check.compiled import torch_version
 from lightning_manifold_mixup._step.mix.hooks import MixingHook
 from lightning_manifold_mixup._step.mix.switches import is_unmixed, mixing_is_open
 from lightning_manifold_mixup.mixing import Draw, unmixed

@@ -15,20 +15,20 @@ from torch import nn
 
 from lightning_manifold_mixup._step.batch.keys import Keys, Places
 from lightning_manifold_mixup._step.call import Call, loss_of
-from lightning_manifold_mixup._step.compiled import compiled_parts, fresh_graphs
-from lightning_manifold_mixup._step.compiled_check import Eager, eager_step
-from lightning_manifold_mixup._step.first_batch import watch
-from lightning_manifold_mixup._step.ghost import NoGhostError, batch_of_ghosts, random_states
+from lightning_manifold_mixup._step.check.compiled import compiled_parts, fresh_graphs
+from lightning_manifold_mixup._step.check.compiled_check import Eager, eager_step
+from lightning_manifold_mixup._step.check.first_batch import watch
+from lightning_manifold_mixup._step.check.ghost import NoGhostError, batch_of_ghosts, random_states
+from lightning_manifold_mixup._step.check.modes import modes_of, nodes_made, reads_mode
+from lightning_manifold_mixup._step.check.proof import Passes, Proof
+from lightning_manifold_mixup._step.check.trials import Mixes, Trials
 from lightning_manifold_mixup._step.labels.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.labels.reads import Answers
 from lightning_manifold_mixup._step.labels.targets import Superposition
 from lightning_manifold_mixup._step.mix.drawing import Draws, cycle
 from lightning_manifold_mixup._step.mix.hooks import MixingHook, TargetHook, hand_plain_inputs
-from lightning_manifold_mixup._step.modes import modes_of, nodes_made, reads_mode
-from lightning_manifold_mixup._step.proof import Passes, Proof
 from lightning_manifold_mixup._step.stand_in import StandIn
 from lightning_manifold_mixup._step.step import Site, Step
-from lightning_manifold_mixup._step.trials import Mixes, Trials
 from lightning_manifold_mixup.layers import INPUT, LayerReport, named_layers
 from lightning_manifold_mixup.mixing import Mix
 

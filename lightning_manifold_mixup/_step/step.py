@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.batch.names import marks_padding
 from lightning_manifold_mixup._step.call import Call, loss_of, with_loss
-from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.check.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.labels.criteria import plain_metrics
 from lightning_manifold_mixup._step.labels.targets import SAMPLES, MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup._step.mix.draw_check import check_target

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from lightning_manifold_mixup._step.recording import Read, Recording, function_name, read_of, version_of
+from lightning_manifold_mixup._step.check.recording import Read, Recording, function_name, read_of, version_of
 
 SOURCE = 0
 """The node that stands for the whole input of the network."""

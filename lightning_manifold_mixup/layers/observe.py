@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup._step.batch.tree import tensors
-from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated
+from lightning_manifold_mixup._step.check.ghost import batch_of_ghosts, ghost_of, isolated
 from lightning_manifold_mixup._step.mix.hooks import is_training_forward
 from lightning_manifold_mixup.layers.cutpoints import Call, Mark, Rows, analyse
 from lightning_manifold_mixup.layers.flow import Flow, is_transformed

@@ -17,9 +17,9 @@ from torchmetrics.classification import MulticlassCalibrationError
 from typing_extensions import TypedDict, override
 
 from lightning_manifold_mixup._step.batch.keys import KeyOrKeys
+from lightning_manifold_mixup._step.check.proof import Passes
 from lightning_manifold_mixup._step.host import Module
 from lightning_manifold_mixup._step.mix.drawing import Alpha, AlphaSchedule
-from lightning_manifold_mixup._step.proof import Passes
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.modules.losses import LossName, SoftLabelLossMixin
 from lightning_manifold_mixup.modules.optimization import Interval, configured, paper_sgd

@@ -20,11 +20,11 @@ from torchmetrics import Accuracy
 
 import lightning_manifold_mixup
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix, draw_mix
+from lightning_manifold_mixup._step.check.modes import reads_mode
+from lightning_manifold_mixup._step.check.proof import Proof
 from lightning_manifold_mixup._step.labels.targets import plain
 from lightning_manifold_mixup._step.mix.drawing import Draws
 from lightning_manifold_mixup._step.mix.randomness import Stream, generator
-from lightning_manifold_mixup._step.modes import reads_mode
-from lightning_manifold_mixup._step.proof import Proof
 
 # What reads a number from a device, or has a shape that depends on its data.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique")

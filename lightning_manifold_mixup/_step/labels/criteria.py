@@ -16,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_manifold_mixup._step.ghost import ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.check.ghost import ghost_of, random_states, set_random_states
 from lightning_manifold_mixup._step.labels.pairs import note_use, paired, tensors
 from lightning_manifold_mixup._step.labels.targets import (
     Superposed,

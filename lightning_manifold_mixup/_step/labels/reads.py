@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.check.usage import in_torchmetrics
 from lightning_manifold_mixup._step.labels.targets import MixingError, SuperpositionError
-from lightning_manifold_mixup._step.usage import in_torchmetrics
 
 # More reads than this are taken for a loop that waits for another value.
 _READS = 1000

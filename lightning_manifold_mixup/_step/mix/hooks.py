@@ -12,11 +12,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_manifold_mixup._step.check.modes import nodes_made
 from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.mix.dims import batch_dims
 from lightning_manifold_mixup._step.mix.interpolation import differentiable
 from lightning_manifold_mixup._step.mix.switches import is_unmixed
-from lightning_manifold_mixup._step.modes import nodes_made
 
 if TYPE_CHECKING:
     from lightning_manifold_mixup.mixing import Mix

@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.batch.names import marks_padding
 from lightning_manifold_mixup._step.batch.places import Places
-from lightning_manifold_mixup._step.self_check import Verdict, swap
+from lightning_manifold_mixup._step.check.self_check import Verdict, swap
+from lightning_manifold_mixup._step.check.trials import Mixes, Trials
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.trials import Mixes, Trials
 
 # Tokens that are tried as padding: the most frequent ones at the ends of the samples.
 _CANDIDATES = 3

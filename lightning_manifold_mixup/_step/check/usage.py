@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self, override
 
 from lightning_manifold_mixup._step.batch.tree import tensors
-from lightning_manifold_mixup._step.recording import Read, Recording, function_name
+from lightning_manifold_mixup._step.check.recording import Read, Recording, function_name
 
 Use = Literal["values", "classes", "both"]
 
@@ -57,7 +57,7 @@ _FLAGS = {
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 _LINE = 100
 """Characters of a line of code that a message shows."""
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 
 
 class _Label(NamedTuple):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.call import Call
-from lightning_manifold_mixup._step.ghost import batch_of_ghosts, ghost_of, isolated, out_of_reach
+from lightning_manifold_mixup._step.check.ghost import batch_of_ghosts, ghost_of, isolated, out_of_reach
+from lightning_manifold_mixup._step.check.usage import LabelUse
+from lightning_manifold_mixup._step.check.writes import Writes
 from lightning_manifold_mixup._step.labels.targets import Superposition, labellings
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.usage import LabelUse
-from lightning_manifold_mixup._step.writes import Writes
 from lightning_manifold_mixup.layers import LayerReport, named_layers, observe
 from lightning_manifold_mixup.mixing import Mix
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_manifold_mixup._step.check.ghost import random_states, same_random_states
+from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.devices import float64
-from lightning_manifold_mixup._step.ghost import random_states, same_random_states
 from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 # Compilers fuse and reorder operations; a mistake in the mixing would be larger.
 _ACCURACY = 1e-3

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.call import Call, loss_of
-from lightning_manifold_mixup._step.devices import float64
-from lightning_manifold_mixup._step.ghost import (
+from lightning_manifold_mixup._step.check.ghost import (
     Backwards,
     batch_of_ghosts,
     ghost_of,
@@ -24,6 +23,7 @@ from lightning_manifold_mixup._step.ghost import (
     random_states,
     same_random_states,
 )
+from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.labels.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.labels.pairs import tensors
 from lightning_manifold_mixup._step.labels.targets import Reader, Superposition, plain

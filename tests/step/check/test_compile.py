@@ -9,7 +9,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
 
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix, MixingError, mixing
-from lightning_manifold_mixup._step.compiled import WHOLE_MODULE, limit_of_graphs, torch_version
+from lightning_manifold_mixup._step.check.compiled import WHOLE_MODULE, limit_of_graphs, torch_version
 from lightning_manifold_mixup._step.labels.targets import plain
 from tests.helpers import CLASSES, LAYERS, Classifier, Validated, assert_untouched, loader, trainer
 

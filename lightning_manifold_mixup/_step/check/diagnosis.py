@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.batch.names import is_length, is_mask
+from lightning_manifold_mixup._step.check.self_check import Comparison
+from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.mix.hooks import TargetHook
-from lightning_manifold_mixup._step.self_check import Comparison
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup.layers import INPUT, named_layers
 
 

@@ -16,12 +16,12 @@ from enum import Enum
 
 import torch
 
+from lightning_manifold_mixup._step.check.ghost import same_random_states
+from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.devices import float64
-from lightning_manifold_mixup._step.ghost import same_random_states
 from lightning_manifold_mixup._step.labels.reads import Line, Reads
 from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 # Of random numbers whose effect may be small, one draw may look like another.
 _SEEDS = range(2019, 2025)

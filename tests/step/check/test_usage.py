@@ -8,7 +8,7 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from torchmetrics.functional.classification import binary_calibration_error
 from torchvision.ops import sigmoid_focal_loss
 
-from lightning_manifold_mixup._step.usage import LabelUse
+from lightning_manifold_mixup._step.check.usage import LabelUse
 
 N, C = 6, 4
 X = torch.randn(N, 8)

@@ -26,11 +26,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_manifold_mixup._step.compiled import compiled_parts, eager
+from lightning_manifold_mixup._step.check.compiled import compiled_parts, eager
+from lightning_manifold_mixup._step.check.rebinding import rebind
+from lightning_manifold_mixup._step.check.writes import Writes
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.labels.targets import plain
-from lightning_manifold_mixup._step.rebinding import rebind
-from lightning_manifold_mixup._step.writes import Writes
 
 
 class NoGhostError(Exception):

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_manifold_mixup._step.diagnosis import explain
-from lightning_manifold_mixup._step.ghost import NoGhostError, random_states, same_random_states
+from lightning_manifold_mixup._step.check.diagnosis import explain
+from lightning_manifold_mixup._step.check.ghost import NoGhostError, random_states, same_random_states
+from lightning_manifold_mixup._step.check.padding import all_seen, mask_from_tokens
+from lightning_manifold_mixup._step.check.self_check import UNUSED, Verdict, pair, swap
+from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.labels.reads import Line
 from lightning_manifold_mixup._step.labels.targets import MixingError
-from lightning_manifold_mixup._step.padding import all_seen, mask_from_tokens
-from lightning_manifold_mixup._step.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.step import Site
-from lightning_manifold_mixup._step.trials import Mixes, Outcome, Trials
 
 Passes = Literal["auto", 1, 2]
 # How many more batches pass each time before a step that is built otherwise again is checked again: one that is built

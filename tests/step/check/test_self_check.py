@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
-from lightning_manifold_mixup._step.proof import Proof
+from lightning_manifold_mixup._step.check.proof import Proof
 from tests.exactness import Module, assert_exact, by_hand, data, network, train
 from tests.helpers import trainer
 

@@ -1,0 +1,1 @@
+"""The self-check: ghosts, oracles, and what follows from their answers."""
