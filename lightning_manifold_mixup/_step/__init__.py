@@ -1,15 +1,16 @@
 """Machinery of one training step. Nothing here is public; the public names are those of the package.
 
 - The life of a batch: ``fit.py`` (one fit), ``stand_in.py`` (replaces ``training_step``), ``step.py`` (one step),
-  ``hooks.py`` (at layer k), ``logging.py``, ``switches.py``, ``host.py``.
-- The draw: ``drawing.py``, ``randomness.py``.
-- The arithmetic: ``interpolation.py``, ``kernels.py``, ``dims.py`` (the dimension of the samples).
-- What is in a batch: ``batch.py``, ``keys.py`` and ``places.py``, ``finding.py`` and ``names.py``, ``usage.py``.
-- Labels: ``targets.py``, ``mixed_target.py``, ``operations.py``, ``pairs.py``, ``mixed_loss.py``, ``criteria.py``,
-  ``reads.py``.
-- The self-check: ``proof.py`` (when), ``self_check.py`` (what), ``trials.py``, ``ghost.py``, ``rebinding.py``,
-  ``writes.py``, ``padding.py``, ``diagnosis.py``, ``first_batch.py``; ``compiled.py`` and ``compiled_check.py`` under
-  torch.compile.
+  ``call.py``, ``logging.py``; ``host.py`` (both names of Lightning), ``devices.py``, ``extras.py``.
+- ``batch/``, what is in a batch: ``tree.py`` (batches of any kind), ``keys.py`` and ``places.py`` (where everything
+  is), ``finding.py`` and ``names.py`` (where nobody has said so).
+- ``mix/``: the draw (``drawing.py``, ``randomness.py``, ``draw_check.py``), the arithmetic (``interpolation.py``,
+  ``kernels.py``, ``dims.py``: the dimension of the samples), and where it happens (``hooks.py``, ``switches.py``).
+- ``labels/``: labels in superposition (``targets.py``, ``mixed_target.py``, ``operations.py``, ``pairs.py``), and code
+  that is handed them (``mixed_loss.py``, ``criteria.py``, ``reads.py``).
+- ``check/``, the self-check: when (``proof.py``), what (``self_check.py``, ``trials.py``, ``padding.py``,
+  ``diagnosis.py``), on what (``ghost.py``, ``rebinding.py``, ``writes.py``, ``modes.py``), what the first batch shows
+  (``first_batch.py``, ``usage.py``, ``recording.py``), and torch.compile (``compiled.py``, ``compiled_check.py``).
 
 The words of this package:
 
@@ -17,6 +18,7 @@ The words of this package:
   weight is the *dominant* one.
 - *superposition*: a tensor that stands for both labellings until a loss has been taken; a *plain* tensor is an ordinary
   one (``targets.py``).
+- *shown*: what code sees that does not know of the superposition: the dominant labels, and of a loss the mixed value.
 - *ghost*: a copy of a module that shares its parameters and nothing else (``ghost.py``).
 - *oracle*: a test on ghosts that tells whether a training step is mixed correctly (``self_check.py``).
 - *armed*: a hook that holds a draw is armed and mixes; without one it lets states through (``hooks.py``).
