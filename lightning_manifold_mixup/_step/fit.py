@@ -239,10 +239,9 @@ class Fit:
         assert self._observed is not None
         self._checked = True
         places = step.site.places
-        sizes = [places.samples(call.batch, group) for group in range(len(places.groups))]
+        sizes = places.sizes(call.batch)
         generator = np.random.default_rng([self._mixed, *sizes])
-        device = step.mixes[0].partners.device
-        rows = places.rows_of(call.batch)
+        device, rows = step.mixes[0].partners.device, places.rows_of(call.batch)
         partners = [torch.from_numpy(cycle(n, generator, rows)) for n in sizes]
         draws, permutations = (
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
