@@ -1,7 +1,7 @@
 """Machinery of one training step. Nothing here is public; the public names are those of the package.
 
 - The life of a batch: ``fit.py`` (one fit), ``stand_in.py`` (replaces ``training_step``), ``step.py`` (one step),
-  ``hooks.py`` (at layer k), ``logging.py``, ``switches.py``, ``host.py``.
+  ``hooks.py`` (at layer k), ``logging.py``, ``clean.py``, ``arguments.py``, ``switches.py``, ``host.py``.
 - The draw: ``drawing.py``, ``randomness.py``.
 - The arithmetic: ``interpolation.py``, ``kernels.py``, ``dims.py`` (the dimension of the samples).
 - What is in a batch: ``batch.py``, ``keys.py`` and ``places.py``, ``finding.py`` and ``names.py``, ``usage.py``.

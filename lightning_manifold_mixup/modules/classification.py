@@ -52,6 +52,7 @@ class MixupOptions(TypedDict, total=False):
     passes: Passes
     seed: int | None
     log_mixing: bool
+    log_clean: bool
 
 
 # Instead of their names, which jsonargparse before 4.50 takes for types that it cannot check.

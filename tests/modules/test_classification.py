@@ -64,7 +64,7 @@ def test_options_are_those_of_the_callback():
         ({"alpha": 1.0}, "no 'alpha' in `mixup`"),
         ({"layers": ["input"]}, "no 'layers' in `mixup`"),
         ({"log_mixin": True}, "options of the callback in `mixup` .*log_mixing.* got 'log_mixin'"),
-        ({"probability": 2.0}, r"probability in \[0, 1\], got 2.0"),
+        ({"probability": 2.0}, r"probability to be a number in \[0, 1\], got 2.0"),
     ],
 )
 def test_wrong_options(options, message):
