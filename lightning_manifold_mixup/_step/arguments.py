@@ -31,7 +31,7 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = float(
             ...
         ValueError: Expected probability to be a number in [0, 1], got '0.5'.
     """
-    if not isinstance(value, Real) or not isfinite(value) or not least <= value <= most:
+    if not isinstance(value, Real) or not isfinite(value) or not least <= float(value) <= most:
         span = f"a number in [{least:g}, {most:g}]" if isfinite(most) else f"a finite number >= {least:g}"
         raise ValueError(f"Expected {name} to be {span}, got {value!r}.")
 

@@ -257,6 +257,7 @@ class Evaluation(nn.Module):
         self.metrics = MetricCollection(metrics, prefix=prefix)
         self.nll = MeanMetric()
 
+    @torch.jit.unused  # no part of the network that ``to_torchscript`` writes
     def forward(self, logits: Tensor, y: Tensor) -> None:
         """Add a batch: (n, classes) and (n,)."""
         logits = logits.float()
