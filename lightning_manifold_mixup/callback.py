@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_manifold_mixup._step.arguments import check_alone, check_arguments, check_module
 from lightning_manifold_mixup._step.batch.keys import KeyOrKeys, Keys
 from lightning_manifold_mixup._step.check.compiled import check_compiled
 from lightning_manifold_mixup._step.check.proof import Passes
+from lightning_manifold_mixup._step.clean import log_clean
 from lightning_manifold_mixup._step.fit import Fit, FitState, Options
 from lightning_manifold_mixup._step.host import Callback
 from lightning_manifold_mixup._step.logging import forget, hyperparameters, values_of
@@ -64,6 +64,10 @@ class ManifoldMixupCallback(Callback):
         seed: of lam, partners and k; None follows ``seed_everything``. The global generators are never used.
         log_mixing: whether to log ``manifold_mixup/lam``, ``/alpha``, ``/layer`` (the index of k in S) and the loss for
             each layer, ``/loss/<layer>``, and the settings as hyperparameters.
+        log_clean: whether to log the loss of the unmixed batch, ``manifold_mixup/clean/loss``, and what the step logs
+            on it, ``/clean/train/accuracy``, say. Loss and accuracy of mixed batches look worse than without mixup,
+            since no prediction is right for both labels. On the batches that are logged (``log_every_n_steps``) the
+            step runs once more, on a copy and in training mode. Needs automatic optimization.
 
     Raises:
         ValueError: for a wrong argument, at construction; for layers or batch keys that are not there, in fit.
@@ -94,24 +98,12 @@ class ManifoldMixupCallback(Callback):
         passes: Passes = "auto",
         seed: int | None = None,
         log_mixing: bool = False,
+        log_clean: bool = False,
     ) -> None:
+        given = dict(locals())
         if not isinstance(alpha, AlphaSchedule):
             check_alpha(alpha)
-        if not 0 <= probability <= 1:
-            raise ValueError(f"Expected a probability in [0, 1], got {probability}.")
-        if not layers:
-            raise ValueError("Expected at least one layer to mix, got none. Name some, or use layers='auto'.")
-        if passes not in ("auto", 1, 2):
-            raise ValueError(f"Expected passes to be 'auto', 1 or 2, got {passes!r}.")
-        if seed is not None and not (isinstance(seed, int) and seed >= 0):
-            raise ValueError(f"Expected seed to be an integer >= 0, or None to follow `seed_everything`, got {seed!r}.")
-        if partners is not None and (not callable(partners) or isinstance(partners, type)):
-            raise TypeError(
-                f"Expected partners to be a strategy such as `LabelDistancePartners(1.0)`, got {partners!r}. In YAML "
-                "it is made from `class_path` and `init_args` by a recent jsonargparse."
-            )
-        if not clean_weight >= 0:
-            raise ValueError(f"Expected clean_weight to be a number >= 0, got {clean_weight}.")
+        check_arguments(given)
         self.alpha = alpha
         self.layers = layers
         self.probability = probability
@@ -125,11 +117,12 @@ class ManifoldMixupCallback(Callback):
         self.passes = passes
         self.seed = seed
         self.log_mixing = log_mixing
+        self.log_clean = log_clean
         self._draw: Draw | None = None
         self._keys = Keys(input_key, target_key, mask_key)
         self._state = FitState()
         self._fit: Fit | None = None
-        self._announced = False
+        self._announced = self._counted = False
         self._said = ""  # what was found in the batches, in words
 
     @property
@@ -218,25 +211,26 @@ class ManifoldMixupCallback(Callback):
                 values = values_of(draw, list(self._state.layers or ()), self._alpha_of(trainer), outputs)
                 n = len(draw.mix.partners)
                 self.log_dict(values, on_step=True, on_epoch=False, batch_size=n)  # type: ignore[attr-defined]
+        mixed = self.last_draw is not None
         self._disarm()
+        if self.log_clean and mixed:
+            log_clean(self, trainer, pl_module, batch, batch_idx)
 
     # ------------------------------------------------------------------------------------------------ the life of a fit
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # Lightning refuses two callbacks of one key before `setup` can say what to do about it.
+        return super().state_key if self._counted else f"{super().state_key}{id(self)}"
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._counted = True
         callbacks = [c for c in trainer.callbacks if isinstance(c, ManifoldMixupCallback)]  # type: ignore[attr-defined]
-        if len(callbacks) > 1:
-            raise MisconfigurationException(
-                f"Expected one ManifoldMixupCallback in the Trainer, got {len(callbacks)}: a batch is mixed once. "
-                f"{' | '.join(map(str, callbacks))}. A ManifoldMixupModule brings its own; give it alpha=0 to use "
-                "another."
-            )
-        if stage == "fit" and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                "Expected a `training_step(batch, batch_idx)`, got one that takes its batches from `dataloader_iter`: "
-                "they cannot be mixed on the way. Take `batch` as the argument."
-            )
+        check_alone(callbacks)
         if stage == "fit":
+            check_module(pl_module, self.log_clean)
             self._said = ""
             check_compiled(pl_module)
             self._state = FitState()  # a resumed run loads its state after this; another network needs another one

@@ -2,11 +2,16 @@ import logging
 import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # pytest-xdist has a worker on each core; also for processes that tests start
 
 import pytest
 import torch
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch.utils.data import BatchSampler, DataLoader
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a plugin may have imported torch before
 
 PATCHED = ("__init__", "__setattr__", "__delattr__")
 

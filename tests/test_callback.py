@@ -1,6 +1,7 @@
 import collections
 import copy
 import dataclasses
+import inspect
 
 import lightning as L
 import pytest
@@ -499,18 +500,51 @@ class TestChecks:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("alpha", [-0.1, float("nan")])
-    def test_alpha(self, alpha):
-        with pytest.raises(ValueError, match="Expected alpha to be a finite number >= 0"):
-            ManifoldMixupCallback(alpha=alpha)
+    @pytest.mark.parametrize(
+        ("name", "values", "expected"),
+        [
+            ("alpha", [-0.1, float("nan"), "2", None, (1.0,), [1.0, "2"]], "a finite number >= 0"),
+            ("probability", [1.5, -1, "0.5", None, float("nan")], r"a number in \[0, 1\]"),
+            ("clean_weight", [-1.0, "1", None, float("inf")], "a finite number >= 0"),
+            ("layers", [3, None, [3], [None], {1: 2}], "'auto', a name, a list of names, or a dict"),
+            ("layers", [[], {}, ""], "at least one layer"),
+            ("seed", ["x", -1, 1.5, True], "an integer >= 0, or None to follow"),
+            ("batch_dim", [-1, "0", 0.0, True], "an integer >= 0, or None to have it found"),
+            ("passes", [3, 0, "1", None, [1]], "'auto', 1 or 2"),
+            ("target_modules", ["teacher", None, 3, [3]], "a list of names of modules"),
+            ("dominant", ["yes", None, 2, []], "True or False"),
+            ("self_check", ["false", None], "True or False"),
+            ("log_mixing", ["true", 0.5], "True or False"),
+            ("log_clean", ["true", None], "True or False"),
+            ("partners", ["nearest", 3, dict], "a strategy"),
+            ("input_key", [1.5, [], True, [None]], "an index, a name or a list"),
+            ("target_key", [1.5, {}], "an index, a name or a list"),
+            ("mask_key", [object()], "an index, a name or a list"),
+        ],
+    )
+    def test_wrong_arguments_are_named(self, name, values, expected):
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=f"Expected `?{name}`? to .*{expected}") as error:
+                ManifoldMixupCallback(**{name: value})
+            assert repr(value) in str(error.value) or value in ([], {}, "")
 
-    def test_probability(self):
-        with pytest.raises(ValueError, match=r"Expected a probability in \[0, 1\], got 1.5"):
-            ManifoldMixupCallback(probability=1.5)
+    def test_each_argument_has_been_tried(self):
+        [tried] = [mark for mark in self.test_wrong_arguments_are_named.pytestmark if mark.name == "parametrize"]
+        names = list(inspect.signature(ManifoldMixupCallback).parameters)
+        assert {name for name, *_ in tried.args[1]} == set(names)
 
-    def test_empty_layers(self):
-        with pytest.raises(ValueError, match="at least one layer"):
-            ManifoldMixupCallback(layers=[])
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"start": "0.2"}, "Expected start to be a finite number >= 0, got '0.2'"),
+            ({"end": (1, 2)}, r"Expected end to be a finite number >= 0, got \(1, 2\)"),
+            ({"epochs": 0}, "Expected epochs to be a finite number >= 1, got 0"),
+            ({"epochs": None}, "Expected epochs to be a finite number >= 1, got None"),
+        ],
+    )
+    def test_schedule(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            AlphaSchedule(**({"start": 0.2, "end": 2.0, "epochs": 4} | arguments))
 
     @pytest.mark.parametrize(
         ("layers", "match"), [(["model.layer11"], "model.layer1"), (["model.stage*"], r"model\.stage\*")]
@@ -578,8 +612,9 @@ class TestBadInput:
             fit(Classifier(), ManifoldMixupCallback(layers="input"), DataLoader([batch], batch_size=None))
 
     def test_two_callbacks(self):
-        with pytest.raises(RuntimeError, match="more than one stateful callback of type `ManifoldMixupCallback`"):
-            trainer(ManifoldMixupCallback(), ManifoldMixupCallback())
+        message = "Expected one ManifoldMixupCallback in the Trainer, got 2: a batch is mixed once"
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer(ManifoldMixupCallback(), ManifoldMixupCallback()).fit(Classifier(), loader())
 
         class Another(ManifoldMixupCallback):
             pass

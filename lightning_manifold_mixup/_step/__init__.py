@@ -1,7 +1,8 @@
 """Machinery of one training step. Nothing here is public; the public names are those of the package.
 
 - The life of a batch: ``fit.py`` (one fit), ``stand_in.py`` (replaces ``training_step``), ``step.py`` (one step),
-  ``call.py``, ``logging.py``; ``host.py`` (both names of Lightning), ``devices.py``, ``extras.py``.
+  ``call.py``, ``logging.py``, ``clean.py``; ``arguments.py``, ``host.py`` (both names of Lightning), ``devices.py``,
+  ``extras.py``.
 - ``batch/``, what is in a batch: ``tree.py`` (batches of any kind), ``keys.py`` and ``places.py`` (where everything
   is), ``finding.py`` and ``names.py`` (where nobody has said so).
 - ``mix/``: the draw (``drawing.py``, ``randomness.py``, ``draw_check.py``), the arithmetic (``interpolation.py``,

@@ -52,6 +52,7 @@ class MixupOptions(TypedDict, total=False):
     passes: Passes
     seed: int | None
     log_mixing: bool
+    log_clean: bool
 
 
 # Instead of their names, which jsonargparse before 4.50 takes for types that it cannot check.
@@ -256,6 +257,7 @@ class Evaluation(nn.Module):
         self.metrics = MetricCollection(metrics, prefix=prefix)
         self.nll = MeanMetric()
 
+    @torch.jit.unused  # no part of the network that ``to_torchscript`` writes
     def forward(self, logits: Tensor, y: Tensor) -> None:
         """Add a batch: (n, classes) and (n,)."""
         logits = logits.float()

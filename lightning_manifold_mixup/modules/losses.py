@@ -80,7 +80,7 @@ class SoftLabelLossMixin:
         tensor(1.0986)
     """
 
-    soft_label_loss_name: LossName = "cross_entropy"
+    soft_label_loss_name = "cross_entropy"  # a `LossName`; TorchScript refuses a class that says so
 
     def soft_label_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the mean loss; see ``label_accuracy`` for the targets that it takes."""

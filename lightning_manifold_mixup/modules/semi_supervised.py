@@ -186,7 +186,7 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return the batch that ``training_step`` is handed, with the teacher's predictions."""
-        if not self.trainer.training:
+        if self._trainer is None or not self.trainer.training:  # without one, TorchScript asks for it, too
             return batch
         x, y, u = self._parts(batch)
         parts = {"labelled": {"input": x, "target": y}}

@@ -14,7 +14,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, ManifoldMixupModule
+from lightning_manifold_mixup import (
+    AlphaSchedule,
+    ManifoldMixupCallback,
+    ManifoldMixupModule,
+    SemiSupervisedManifoldMixupModule,
+)
 from lightning_manifold_mixup.modules.classification import MixupOptions
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.partners import ClassBalancedPartners
@@ -64,7 +69,7 @@ def test_options_are_those_of_the_callback():
         ({"alpha": 1.0}, "no 'alpha' in `mixup`"),
         ({"layers": ["input"]}, "no 'layers' in `mixup`"),
         ({"log_mixin": True}, "options of the callback in `mixup` .*log_mixing.* got 'log_mixin'"),
-        ({"probability": 2.0}, r"probability in \[0, 1\], got 2.0"),
+        ({"probability": 2.0}, r"probability to be a number in \[0, 1\], got 2.0"),
     ],
 )
 def test_wrong_options(options, message):
@@ -256,3 +261,19 @@ def test_a_wrong_number_of_classes_is_found_before_the_first_update():
         with pytest.raises(ValueError, match=message):
             trainer().fit(module, datamodule=data)
         assert all(torch.equal(value, before[name]) for name, value in weights_of(module).items())
+
+
+@pytest.mark.filterwarnings("ignore:.*(to_torchscript|TorchScript|torch.jit|torch.export|Metric.updated_called).*")
+@pytest.mark.parametrize("method", ["script", "trace"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        ManifoldMixupModule(nn.Linear(4, 3), 3),
+        SemiSupervisedManifoldMixupModule(nn.Linear(4, 3), num_classes=3, teacher="ema", w_max=10.0),
+    ],
+    ids=["supervised", "semi-supervised"],
+)
+def test_torchscript(module, method):
+    x = torch.randn(2, 4)
+    scripted = module.to_torchscript(method=method, example_inputs=x if method == "trace" else None)
+    assert torch.equal(scripted(x), module.model(x))

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_manifold_mixup._step.arguments import check_number
 from lightning_manifold_mixup._step.batch.places import Places
 from lightning_manifold_mixup._step.mix.randomness import Stream
-from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha, draw_mix
+from lightning_manifold_mixup.mixing import Draw, Mix, draw_mix
 from lightning_manifold_mixup.partners import Partners
 
 # How many batches are drawn for at a time, up to how many samples, and how many uniform numbers for each: whether the
@@ -47,10 +48,9 @@ class AlphaSchedule:
     epochs: int
 
     def __post_init__(self) -> None:
-        check_alpha(self.start)
-        check_alpha(self.end)
-        if self.epochs < 1:
-            raise ValueError(f"Expected a schedule of at least one epoch, got epochs={self.epochs}.")
+        check_number("start", self.start)
+        check_number("end", self.end)
+        check_number("epochs", self.epochs, least=1.0)
 
     def __call__(self, epoch: int) -> float:
         """Return alpha in an epoch, counted from 0."""

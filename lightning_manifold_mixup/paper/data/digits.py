@@ -1,14 +1,13 @@
 """The handwritten digits that scikit-learn ships: real 8x8 scans, no download."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles
+from lightning_manifold_mixup.paper.data.options import ImageOptions
 from lightning_manifold_mixup.paper.data.splits import split_by_class
 
 __all__ = ["DigitsDataModule"]
@@ -41,7 +40,7 @@ class DigitsDataModule(ImageDataModule):
         (torch.Size([50, 64]), torch.Size([50]), 1000, 797)
     """
 
-    def __init__(self, test_size: int | float = 797, flatten: bool = False, **kwargs: Any) -> None:
+    def __init__(self, test_size: int | float = 797, flatten: bool = False, **kwargs: Unpack[ImageOptions]) -> None:
         super().__init__(**kwargs)
         self.test_size = test_size
         self.flatten = flatten

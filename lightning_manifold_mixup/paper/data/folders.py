@@ -5,17 +5,18 @@ import os
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles, read_image
 from lightning_manifold_mixup.paper.data.downloads import downloading
+from lightning_manifold_mixup.paper.data.options import ImageOptions
 
 __all__ = ["ImageFolderDataModule", "TinyImageNetDataModule"]
 
@@ -40,7 +41,7 @@ class _FolderDataModule(ImageDataModule):
         in_memory: bool = False,
         cache_dir: str | None = None,
         broken_files: BrokenFiles = "raise",
-        **kwargs: Any,
+        **kwargs: Unpack[ImageOptions],
     ) -> None:
         super().__init__(**kwargs)
         if broken_files not in ("raise", "skip", "unchecked"):
@@ -198,7 +199,7 @@ class ImageFolderDataModule(_FolderDataModule):
         in_memory: bool = False,
         cache_dir: str | None = None,
         broken_files: BrokenFiles = "raise",
-        **kwargs: Any,
+        **kwargs: Unpack[ImageOptions],
     ) -> None:
         super().__init__(data_dir, in_memory, cache_dir, broken_files, **kwargs)
         self._image_size = image_size
@@ -240,6 +241,7 @@ class TinyImageNetDataModule(_FolderDataModule):
         in_memory: decode every image once, to uint8 (1.3 GB), when the data is set up.
         cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
             share them) as long as the files are the same. Only with ``in_memory``.
+        broken_files: see ``ImageFolderDataModule``.
         kwargs: the arguments of ``ImageDataModule``.
 
     Example:
@@ -262,9 +264,10 @@ class TinyImageNetDataModule(_FolderDataModule):
         download: bool = False,
         in_memory: bool = False,
         cache_dir: str | None = None,
-        **kwargs: Any,
+        broken_files: BrokenFiles = "raise",
+        **kwargs: Unpack[ImageOptions],
     ) -> None:
-        super().__init__(data_dir, in_memory, cache_dir, **kwargs)
+        super().__init__(data_dir, in_memory, cache_dir, broken_files, **kwargs)
         self.download = download
 
     @property

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles
 from lightning_manifold_mixup.paper.data.downloads import downloading
+from lightning_manifold_mixup.paper.data.options import ImageOptions
 
 __all__ = [
     "CIFAR10DataModule",
@@ -46,7 +47,7 @@ class _TorchvisionDataModule(ImageDataModule):
     dataset_name: ClassVar[str]
     constants: ClassVar[ImageSpec]
 
-    def __init__(self, data_dir: str = "data", download: bool = False, **kwargs: Any) -> None:
+    def __init__(self, data_dir: str = "data", download: bool = False, **kwargs: Unpack[ImageOptions]) -> None:
         super().__init__(**kwargs)
         self.data_dir = data_dir
         self.download = download

@@ -1,14 +1,14 @@
 """Segmentation without a download: overlapping shapes with textures, in noise."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset, VectorDataset
+from lightning_manifold_mixup.paper.data.options import LoaderOptions
 
 __all__ = ["ShapesDataModule", "inside_polygon", "textured_shapes"]
 
@@ -127,7 +127,7 @@ class ShapesDataModule(ClassificationDataModule):
         size: int = 32,
         shapes: int = 3,
         noise: float = 0.3,
-        **kwargs: Any,
+        **kwargs: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(**kwargs)
         self.num_images, self.test_images, self.val_images = num_images, test_images, val_images

@@ -1,14 +1,15 @@
 """Spirals in the plane: the toy data of the paper's Figure 1."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split, check_val_size
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset, VectorDataset
+from lightning_manifold_mixup.paper.data.options import LoaderOptions
 from lightning_manifold_mixup.paper.data.splits import split_by_class
 
 __all__ = ["SpiralsDataModule", "spirals"]
@@ -75,7 +76,7 @@ class SpiralsDataModule(ClassificationDataModule):
         turns: float = 1.5,
         noise: float = 0.03,
         val_size: int | float | Literal["test"] = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(**kwargs)
         check_val_size("SpiralsDataModule", val_size)

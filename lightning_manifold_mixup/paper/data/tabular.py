@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ class RegressionDataModule(SplitDataModule):
         batch_size: samples of a training batch; an incomplete last batch is kept.
         test_size: test samples: a number, or a share below 1, drawn by ``seed``.
         val_size: validation samples taken out of what is left, likewise; 0 for none.
-        kwargs: the other arguments of ``SplitDataModule``.
+        eval_batch_size, num_workers, pin_memory, seed: see ``SplitDataModule``.
 
     Attributes:
         in_features: numbers in a sample; what a fully connected network needs to know.
@@ -35,9 +34,16 @@ class RegressionDataModule(SplitDataModule):
     in_features: int
 
     def __init__(
-        self, batch_size: int = 32, test_size: int | float = 0.25, val_size: int | float = 0, **kwargs: Any
+        self,
+        batch_size: int = 32,
+        test_size: int | float = 0.25,
+        val_size: int | float = 0,
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+        pin_memory: bool = True,
+        seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, **kwargs)
+        super().__init__(batch_size, eval_batch_size, num_workers, pin_memory, seed)
         self.test_size, self.val_size = test_size, val_size
 
     @abstractmethod
@@ -84,8 +90,7 @@ class RegressionDataModule(SplitDataModule):
 class DiabetesDataModule(RegressionDataModule):
     """442 patients, ten measurements, the progression of their diabetes after a year; scikit-learn ships it.
 
-    Args:
-        kwargs: the arguments of ``RegressionDataModule``.
+    Its arguments are those of ``RegressionDataModule``.
 
     Source: Efron et al., "Least Angle Regression", 2004.
 
@@ -112,7 +117,8 @@ class FriedmanDataModule(RegressionDataModule):
     Args:
         num_samples: of all splits together.
         noise: standard deviation of the noise.
-        kwargs: the arguments of ``RegressionDataModule``; ``seed`` draws the samples too.
+        test_size, batch_size, val_size, eval_batch_size, num_workers, pin_memory: see ``RegressionDataModule``.
+        seed: of the splits, and of the samples.
 
     Source: Friedman, "Multivariate Adaptive Regression Splines", 1991, as scikit-learn has it.
 
@@ -125,9 +131,18 @@ class FriedmanDataModule(RegressionDataModule):
     in_features = 10
 
     def __init__(
-        self, num_samples: int = 2200, noise: float = 1.0, test_size: int | float = 2000, **kwargs: Any
+        self,
+        num_samples: int = 2200,
+        noise: float = 1.0,
+        test_size: int | float = 2000,
+        batch_size: int = 32,
+        val_size: int | float = 0,
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+        pin_memory: bool = True,
+        seed: int = 0,
     ) -> None:
-        super().__init__(test_size=test_size, **kwargs)
+        super().__init__(batch_size, test_size, val_size, eval_batch_size, num_workers, pin_memory, seed)
         self.num_samples = num_samples
         self.noise = noise
 

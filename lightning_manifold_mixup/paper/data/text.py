@@ -3,16 +3,17 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split
 from lightning_manifold_mixup.paper.data.batches import LabelledDataset
+from lightning_manifold_mixup.paper.data.options import LoaderOptions
 from lightning_manifold_mixup.paper.data.splits import split_by_class
 from lightning_manifold_mixup.paper.data.word_vectors import word_vectors
 
@@ -195,7 +196,7 @@ class TextDataModule(ClassificationDataModule):
         label_column: str = "label",
         encoding: str = "utf-8",
         vectors_dim: int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(**kwargs)
         if max_length < 1:
