@@ -1,8 +1,8 @@
 """What the notebooks hold is what their code gives.
 
-Each is run with nothing defined before and compared with what is stored, cell by cell: the same words, as many pictures,
-and numbers within a tolerance. In the fast suite training is cut short, and cells with the tag "training" only have to run;
-`pytest -m slow tests/test_notebooks.py` trains and compares all. `python -m tests.notebooks` stores anew.
+Each is run with nothing defined before and compared with what is stored, cell by cell: the same words, as many
+pictures, numbers within a tolerance. In the fast suite training is cut short, and cells with the tag "training" only
+have to run; `pytest -m slow tests/test_notebooks.py` trains and compares all. `python -m tests.notebooks` stores anew.
 
 The tolerance is 0.1 % where nothing is trained. Training rounds differently on other processors: 10 % there, and half a
 unit for numbers with fewer than three decimals, which are percentages and singular values.
