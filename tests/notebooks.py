@@ -5,9 +5,11 @@ import io
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -25,11 +27,23 @@ def read(name):
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
-def executed(name, settings=None):
-    """Run a notebook from a clean kernel.
+@contextmanager
+def kernel():
+    """A Jupyter kernel that works beside the notebooks; several may run in it, which saves the imports."""
+    manager, client = start_new_kernel(cwd=str(FOLDER))
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def executed(name, running, settings=None):
+    """Run a notebook with nothing defined before.
 
     Args:
         name: of the notebook.
+        running: a ``kernel``.
         settings: numbers that replace those of the lines ``NAME = NUMBER``.
 
     Returns:
@@ -39,7 +53,11 @@ def executed(name, settings=None):
     for cell in notebook.cells:
         for variable, value in (settings or {}).items():
             cell.source = re.sub(rf"^{variable} = \d+", f"{variable} = {value}", cell.source, flags=re.MULTILINE)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    manager, kernel_client = running
+    kernel_client.execute_interactive("%reset -f", silent=True)
+    client = NotebookClient(notebook, km=manager, timeout=900)
+    client.kc = kernel_client
+    client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -75,5 +93,6 @@ def text_of(cell):
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or names():
-        nbformat.write(executed(chosen), FOLDER / f"{chosen}.ipynb")
+        with kernel() as alone:
+            nbformat.write(executed(chosen, alone), FOLDER / f"{chosen}.ipynb")
         print(f"{chosen}: {(FOLDER / f'{chosen}.ipynb').stat().st_size // 1024} kB")

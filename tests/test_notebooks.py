@@ -1,8 +1,8 @@
 """What the notebooks hold is what their code gives.
 
-Each is run from a clean kernel and compared with what is stored, cell by cell: the same words, as many pictures, and
-numbers within a tolerance. In the fast suite training is cut short, and cells with the tag "training" only have to run;
-`pytest -m slow tests/test_notebooks.py` trains and compares all. `python -m tests.notebooks` stores anew.
+Each is run with nothing defined before and compared with what is stored, cell by cell: the same words, as many
+pictures, numbers within a tolerance. In the fast suite training is cut short, and cells with the tag "training" only
+have to run; `pytest -m slow tests/test_notebooks.py` trains and compares all. `python -m tests.notebooks` stores anew.
 
 The tolerance is 0.1 % where nothing is trained. Training rounds differently on other processors: 10 % there, and half a
 unit for numbers with fewer than three decimals, which are percentages and singular values.
@@ -14,7 +14,7 @@ import re
 import nbformat
 import pytest
 
-from tests.notebooks import FOLDER, executed, names, read, text_of
+from tests.notebooks import FOLDER, executed, kernel, names, read, text_of
 
 FAST = {"EPOCHS": 2, "SEEDS": 1}
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -47,8 +47,14 @@ def assert_the_same(cell, stored):
         assert math.isclose(float(one), float(other), rel_tol=share, abs_tol=max(unit, 1e-6)), f"{found}\n{expected}"
 
 
-def assert_stored(name, settings):
-    notebook, stored = executed(name, settings), read(name)
+@pytest.fixture(scope="module")
+def running():
+    with kernel() as shared:
+        yield shared
+
+
+def assert_stored(name, running, settings):
+    notebook, stored = executed(name, running, settings), read(name)
     for cell, other in zip(notebook.cells, stored.cells, strict=True):
         errors = [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
         assert not errors, errors
@@ -88,14 +94,14 @@ def test_a_number_that_is_not_stored_is_seen():
 
 
 @pytest.mark.parametrize("name", names())
-def test_notebook_gives_what_it_holds_without_training(name):
-    assert_stored(name, FAST)
+def test_notebook_gives_what_it_holds_without_training(name, running):
+    assert_stored(name, running, FAST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
-def test_notebook_gives_what_it_holds(name):
-    notebook = assert_stored(name, {})
+def test_notebook_gives_what_it_holds(name, running):
+    notebook = assert_stored(name, running, {})
     printed = "\n".join(text_of(cell) for cell in notebook.cells if cell.cell_type == "code")
     numbers = {
         "01": r"mean ([\d.]+)",
