@@ -176,19 +176,19 @@ class ManifoldMixupCallback(Callback):
         if draws.uniform() >= self.probability:
             return
         places = self._keys.locate(batch, self.batch_dim)
-        how = {"layers": self._plan.layers or {}, "alpha": alpha, "epoch": trainer.current_epoch, "draws": draws}
-        contexts = contexts_of(batch, places, partners=self.partners, dominant=self.dominant, **how)
-        if not self._announced and contexts[0].n == 1:
-            rank_zero_warn("Manifold Mixup: the batch has one sample, so there is no partner to mix it with.")
+        layers, epoch = self._plan.layers, trainer.current_epoch
+        first, *others = contexts_of(batch, places, layers or {}, alpha, epoch, draws, self.partners, self.dominant)
         device = places.sample_of(batch).device
-        if self._plan.layers is None:  # layers="auto": this batch is observed as it is
-            fit.arm(None, tuple(context.draw_mix().to(device) for context in contexts), places)
+        if not self._announced and first.n == 1:
+            rank_zero_warn("Manifold Mixup: the batch has one sample, so there is no partner to mix it with.")
+        if layers is None:  # layers="auto": this batch is observed as it is
+            fit.arm(None, tuple([context.draw_mix().to(device) for context in (first, *others)]), places)
             return
         if not self._announced:
             self._announce(places)
-        self._draw = draw = self.draw(contexts[0])
-        check_draw(draw, self._plan.layers, contexts[0].n)
-        mixes = draw.mix.to(device), *(self.draw_group(context, draw).to(device) for context in contexts[1:])
+        self._draw = draw = self.draw(first)
+        check_draw(draw, layers, first.n)
+        mixes = draw.mix.to(device), *[self.draw_group(context, draw).to(device) for context in others]
         fit.arm(draw.layer, mixes, places)
 
     @override

@@ -117,7 +117,7 @@ class Mix(_Known):
         if h.shape[dim] != n:
             raise MixingError(wrong_shape(h, n, f"in dimension {dim}"))
         # A compiler differentiates plain operations itself; torch 2.11 makes the gradient of the Function below zero.
-        if torch.compiler.is_compiling() or not (h.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return interpolate(h, self.lam, self.partners, dim, permutation=self.permutation)  # type: ignore[return-value]
         return differentiable(h, self.lam, self.partners, dim, self.permutation, self.number)  # type: ignore[return-value]
 

@@ -135,8 +135,9 @@ class TestMix:
         square = torch.randn(4, 4)
         torch.testing.assert_close(MIX(square, batch_dim=1), formula(square.T).T)
 
-    def test_channels_last_stays(self):
-        h = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_channels_last_stays(self, gradient):
+        h = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_(gradient)
         mixed = MIX(h)
         torch.testing.assert_close(mixed, formula(h))
         assert mixed.is_contiguous(memory_format=torch.channels_last)

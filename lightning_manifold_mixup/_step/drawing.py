@@ -209,13 +209,22 @@ class DrawContext:
         return Draw(self.draw_layer(), self.draw_mix())
 
 
-def contexts_of(batch: Any, places: Places, **how: Any) -> list[DrawContext]:
-    """Return a context for each group of samples in a batch; ``how`` are the other fields."""
+def contexts_of(
+    batch: Any,
+    places: Places,
+    layers: Mapping[str, float],
+    alpha: Alpha,
+    epoch: int,
+    draws: Draws,
+    partners: Partners | None,
+    dominant: bool,
+) -> list[DrawContext]:
+    """Return a context for each group of samples in a batch."""
     rows, contexts = places.rows_of(batch), []
     for number, group in enumerate(places.groups):
         targets = [places.of(batch, key) for key in group.targets]
-        shown = targets[0] if len(targets) == 1 else targets
-        contexts.append(DrawContext(places.samples(batch, number), shown, batch, rows=rows, **how))
+        shown, n = targets[0] if len(targets) == 1 else targets, places.samples(batch, number)
+        contexts.append(DrawContext(n, shown, batch, layers, alpha, epoch, draws, partners, dominant, rows))
     return contexts
 
 

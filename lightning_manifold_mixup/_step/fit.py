@@ -99,9 +99,9 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers()
-        self._states: Any = None  # of the random generators, before the step
+        self._states: Any = None  # of the random generators, before the step; None if it draws no numbers
         self._written: set[nn.Parameter] = set()  # by the training step itself
-        self._writes_batch = False
+        self._writes_batch = self._random = False  # whether it does, and whether it draws random numbers
         self._parts = [part for part in module.modules() if reads_mode(part.__class__)]
         self._compiled = bool(compiled_parts(module))
         self._places: Places | None = None  # of the sites below, by layer
@@ -176,11 +176,11 @@ class Fit:
             return training_step(*args, **kwargs)
         proof, layer = self.proof, step.site.layer
         if not self._checked:
-            self._prove(proof.due(self.plan.layers or (), layer, self._mixed), step, call)
+            if due := proof.due(self.plan.layers or (), layer, self._mixed):
+                self._prove(due, step, call)
             self._mixed += 1
         eager = self._eager(step, call) if self._checked else None
-        passes, weight = self._prepare(step), self.options.clean_weight
-        wanted = call
+        passes, weight, wanted = self._prepare(step), self.options.clean_weight, call
         if self._writes_batch:  # the batch may be asked for again
             call = call.on(batch_of_ghosts(call.batch))
         before = nodes_made()
@@ -216,9 +216,9 @@ class Fit:
         able = self.module.automatic_optimization and not step.superposition.lam.ndim
         step.reader = self._answers = Answers(proof.harmless, passes == 1 and proof.enabled)
         step.superposition.forgiving = able and passes == "auto"
-        # Where the oracles have seen nothing of the kind, PyTorch's alone: the others take longer to note.
+        # Where the oracles have seen nothing of the kind, PyTorch's alone, or none: to note them all takes time.
         proven = proof.enabled and proof.passes == 1 and not proof.harmless
-        self._states = torch.get_rng_state() if proven else random_states(())
+        self._states = random_states(()) if not proven else torch.get_rng_state() if self._random else None
         return proof.passes_at(step.site.layer) if able else proof.passes or 1
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
@@ -242,8 +242,7 @@ class Fit:
         sizes = [places.samples(call.batch, group) for group in range(len(places.groups))]
         generator = np.random.default_rng([self._mixed, *sizes])
         device = step.mixes[0].partners.device
-        rows = places.rows_of(call.batch)
-        partners = [torch.from_numpy(cycle(n, generator, rows)) for n in sizes]
+        partners = [torch.from_numpy(cycle(n, generator, places.rows_of(call.batch))) for n in sizes]
         draws, permutations = (
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)
@@ -254,6 +253,7 @@ class Fit:
         if trials is not None:
             self._written |= trials.seen.written
             self._writes_batch |= trials.seen.writes_batch
+            self._random |= trials.seen.random
         self.plan.passes = self.proof.passes
         if trials is not None and trials.seen.superposed:
             self._hook_criteria(sorted(trials.seen.fired))

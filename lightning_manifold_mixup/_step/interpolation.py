@@ -18,11 +18,6 @@ SMALL = 1 << 14
 HOSTS = {"cpu"}
 
 
-def is_small(h: Tensor) -> bool:
-    """Whether ``torch.lerp(h.index_select(dim, partners), h, lam)`` mixes a state faster, and as exactly."""
-    return h.numel() <= SMALL and h.dtype.itemsize >= 4 and h.device.type in HOSTS
-
-
 class Interpolate(torch.autograd.Function):
     """``lam * h + (1 - lam) * h[partners]`` along ``dim``. Linear in h, so no activation is kept for backward.
 
@@ -53,8 +48,11 @@ def differentiable(
     h: Tensor, lam: Tensor, partners: Tensor, dim: int, permutation: bool, number: float | None
 ) -> Tensor:
     """Compute ``interpolate`` with gradient, in the way that is faster; ``number`` is lam where the host knows it."""
-    if number is not None and is_small(h):
+    small = h.numel() <= SMALL and h.dtype.itemsize >= 4 and h.is_contiguous() and h.device.type in HOSTS
+    if number is not None and small:
         return torch.lerp(h.index_select(dim, partners), h, number)
+    if not (h.requires_grad and torch.is_grad_enabled()):
+        return interpolate(h, lam, partners, dim, permutation=permutation)
     return Interpolate.apply(h, (lam, partners, dim, False, permutation))  # type: ignore[no-any-return]
 
 

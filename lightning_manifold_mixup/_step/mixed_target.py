@@ -22,11 +22,11 @@ class _Evaluated(Superposed):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        plain_way = func is F.cross_entropy and len(args) == 2
+        if plain_way and (losses := plain_cross_entropy(*args, **kwargs)) is not None:
+            return losses
         with torch._C.DisableTorchFunctionSubclass():
-            kwargs = kwargs or {}
-            plain_way = func is F.cross_entropy and len(args) == 2
-            if plain_way and (losses := plain_cross_entropy(*args, **kwargs)) is not None:
-                return losses
             return evaluate(func, args, kwargs)
 
 

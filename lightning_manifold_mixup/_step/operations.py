@@ -205,23 +205,21 @@ def plain_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     """Compute ``_cross_entropy`` for the usual arguments, with little work in Python; None for others."""
-    if (
+    if (  # no other subclass than the target: their dispatch need not be switched off, which takes time
         type(target) is not KINDS[False]
+        or type(logits) is not Tensor
+        or not (weight is None or type(weight) is Tensor)
         or not (superposition := target.superposition).open
         or superposition.lam.ndim
         or label_smoothing
-        or isinstance(logits, Superposed)
-        or isinstance(weight, Superposed)
         or size_average is not None
         or reduce is not None
         or torch.is_autocast_enabled(logits.device.type)
     ):
         return None
     log_probabilities = torch.log_softmax(logits, min(logits.ndim - 1, 1))
-    first, second = (
-        F.nll_loss(log_probabilities, labels, weight, ignore_index=ignore_index, reduction=reduction)
-        for labels in (target.first, target.second)
-    )
+    how = weight, None, ignore_index, None, reduction
+    first, second = (F.nll_loss(log_probabilities, y, *how) for y in (target.first, target.second))
     recorded = first.requires_grad
     superposition.used |= recorded
     return superposition.hold(first, second, steady=False, averaged=recorded)

@@ -23,6 +23,7 @@ from lightning_manifold_mixup._step.ghost import (
     isolated,
     out_of_reach,
     random_states,
+    same_random_states,
 )
 from lightning_manifold_mixup._step.pairs import tensors
 from lightning_manifold_mixup._step.step import How, Site
@@ -71,6 +72,7 @@ class Seen:
         superposed: whether any run had labels in superposition.
         written: parameters that the step itself writes into.
         writes_batch: whether the step writes into tensors of its batch.
+        random: whether the step has drawn random numbers in training mode.
     """
 
     unfit: set[str] = field(default_factory=set)
@@ -78,6 +80,7 @@ class Seen:
     superposed: bool = False
     written: set[nn.Parameter] = field(default_factory=set)
     writes_batch: bool = False
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,10 @@ class Trials:
                 around(ghost, stack)
             if not ghost.automatic_optimization:
                 stack.enter_context(Backwards(lambda loss: heads.note_loss(loss, writes=writes.count)))
+            states_before = random_states(self.module.parameters())
             output = self.call.of(ghost.training_step, batch)
             states_after = random_states(self.module.parameters())
+            drawn = self.train and not same_random_states(states_before, states_after)
             if ghost.automatic_optimization and (loss := loss_of(output)) is not None:
                 heads.note_loss(plain(loss), beside)
             used = superposition is None or superposition.used or not superposition.holds_labels
@@ -164,6 +169,7 @@ class Trials:
             if superposition is not None and superposition.inspected:
                 outcome = replace(outcome, inspected=True)
         seen = self.seen
+        seen.random |= drawn
         seen.written |= writes.found
         seen.writes_batch |= any(tensor._version != version for tensor, version in untouched)
         seen.superposed |= superposition is not None and superposition.holds_labels
