@@ -97,10 +97,9 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers()
-        self._random = False  # whether the training step draws random numbers, as far as the oracles have seen
-        self._states: Any = None  # of the random generators, before the step; None if it draws none
+        self._states: Any = None  # of the random generators, before the step; None if it draws no numbers
         self._written: set[nn.Parameter] = set()  # by the training step itself
-        self._writes_batch = False
+        self._writes_batch = self._random = False  # whether it does, and whether it draws random numbers
         self._parts = [part for part in module.modules() if reads_mode(part.__class__)]
         self._compiled = bool(compiled_parts(module))
         self._places: Places | None = None  # of the sites below, by layer
@@ -179,8 +178,7 @@ class Fit:
                 self._prove(due, step, call)
             self._mixed += 1
         eager = self._eager(step, call) if self._checked else None
-        passes, weight = self._prepare(step), self.options.clean_weight
-        wanted = call
+        passes, weight, wanted = self._prepare(step), self.options.clean_weight, call
         if self._writes_batch:  # the batch may be asked for again
             call = call.on(batch_of_ghosts(call.batch))
         before = nodes_made()
@@ -216,9 +214,9 @@ class Fit:
         able = self.module.automatic_optimization and not step.superposition.lam.ndim
         step.reader = self._answers = Answers(proof.harmless, passes == 1 and proof.enabled)
         step.superposition.forgiving = able and passes == "auto"
-        # Noting the states takes as long as several operations, so not where the oracles have seen that none is used.
-        proven = proof.enabled and proof.passes == 1 and not proof.harmless and not self._random
-        self._states = None if proven else random_states(())
+        # Where the oracles have seen nothing of the kind, PyTorch's alone, or none: to note them all takes time.
+        proven = proof.enabled and proof.passes == 1 and not proof.harmless
+        self._states = random_states(()) if not proven else torch.get_rng_state() if self._random else None
         return proof.passes_at(step.site.layer) if able else proof.passes or 1
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
@@ -241,8 +239,8 @@ class Fit:
         places = step.site.places
         sizes = places.sizes(call.batch)
         generator = np.random.default_rng([self._mixed, *sizes])
-        device, rows = step.mixes[0].partners.device, places.rows_of(call.batch)
-        partners = [torch.from_numpy(cycle(n, generator, rows)) for n in sizes]
+        device = step.mixes[0].partners.device
+        partners = [torch.from_numpy(cycle(n, generator, places.rows_of(call.batch))) for n in sizes]
         draws, permutations = (
             tuple(Mix(torch.tensor(lam, dtype=torch.float32), some).to(device) for some in partners)
             for lam in (0.4, 0.0)

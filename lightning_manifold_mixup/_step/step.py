@@ -239,11 +239,12 @@ class Step:
         Args:
             output: what the step returned.
             call: what it was called with.
-            states: of the random generators before it; None where nobody has noted them.
+            states: of the random generators before it; of PyTorch's alone, as a tensor; or None.
         """
         after = random_states(self.module.parameters())
-        # Not as they were: those of the devices, which nobody has noted. But the same for both.
-        states = after if states is None else (states[0], after[1], *states[2:])
+        # Not as they were: those of the devices, and others that nobody has noted. But the same for both.
+        host, _, *others = after if states is None else (states, *after[1:]) if isinstance(states, Tensor) else states
+        states = host, after[1], *others
         losses = []
         for how in ("dominant", "other"):
             ghost = ghost_of(self.module, self.written)

@@ -62,8 +62,9 @@ def run(measure: Measure, plot: Path | None = None) -> Section:
     section.notes = (
         f"Model: bytes moved over the rate of a copy here, {rate:.1f} GB/s read and written. The mix moves 3 states\n"
         "forward and 3 backward (2 reads, 1 write). The loss writes one more gradient of the logits and adds it to\n"
-        "the first (4 times the logits), after what Python takes. The callback's Python is the same for all networks;\n"
-        "after a long forward pass its code comes back into the caches slowly, as that of a loop by hand does.\n"
+        "the first (4 times the logits), after what Python takes. The callback's Python is the same for all networks,\n"
+        "call by call (`tests/training/test_speed.py`); after a long forward pass its code comes back into the caches\n"
+        "slowly, as that of a loop by hand does.\n"
         f"{prediction(statistics.median(curves[2].measured))}"
     )
     if plot:

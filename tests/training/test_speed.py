@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -115,7 +118,7 @@ class CountingSteps(L.Callback):
 
 
 def fit(
-    *callbacks: L.Callback, accelerator: str = "cpu", module: type[Classifier] = Classifier, epochs: int = 1
+    *callbacks: L.Callback, accelerator: str = "cpu", module: Callable[[], Classifier] = Classifier, epochs: int = 1
 ) -> None:
     data = TensorDataset(torch.randn(20, 6), torch.randint(3, (20,)))
     trainer = L.Trainer(
@@ -295,6 +298,42 @@ class Varying(Classifier):
         for _ in range(batch_idx % 7):
             loss = loss * 1.0
         return loss
+
+
+class Calls(L.Callback):
+    """Counts the calls of functions, of Python and of C, from the start of each batch to that of the next."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.numbers.append(0)
+        sys.setprofile(self.note)
+
+    def note(self, frame: FrameType, event: str, arg: Any) -> None:
+        self.numbers[-1] += event in ("call", "c_call")
+
+    def on_train_end(self, *args: Any) -> None:
+        sys.setprofile(None)
+
+
+def test_what_a_step_does_in_python_does_not_grow_with_the_network() -> None:
+    """The time does, a little: after a long forward pass the code that mixes is no longer in the processor's caches."""
+
+    class Deep(Classifier):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), *[nn.ReLU() for _ in range(depth)], nn.Linear(8, 3))
+
+    def added(depth: int) -> float:
+        numbers = []
+        for callbacks in ([], [ManifoldMixupCallback(layers=["net.0"], seed=0)]):
+            calls = Calls()
+            fit(calls, *callbacks, module=partial(Deep, depth), epochs=3)
+            numbers.append(statistics.median(calls.numbers))
+        return numbers[1] - numbers[0]
+
+    assert added(64) == added(2) > 0
 
 
 def test_a_step_that_is_built_anew_each_time_is_checked_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.step import Site
 
 Passes = Literal["auto", 1, 2]
+ORACLES = ("swap", "pair")
 # How many more batches pass each time before a step that is built otherwise again is checked again: one that is built
 # anew for each batch (a loop over time steps, layers that are dropped at random) is checked a few times in a fit.
 _PATIENCE = 4
@@ -47,6 +49,8 @@ class Proof:
         self._verdicts: dict[tuple[str, str], Verdict] = {}  # of this rank, in the check that is running
         self._asked = False  # in this fit, about all layers
         self._next = 10
+        self._turns = cycle(ORACLES)  # from batch 10 on, a check asks one oracle about one layer
+        self._ask: Sequence[str] = ORACLES
         self._retry_at = 0
         self._seen: dict[Any, set[Any]] = {}
         self._steps = 0
@@ -67,12 +71,13 @@ class Proof:
             return []
         if not self._asked:
             return list(layers)
+        is_open = self._open and any(where == layer for _, where in self._open)
         if mixed >= self._next:
             self._next *= 10
+            turn = next(self._turns)
+            self._ask = ORACLES if is_open else [turn]  # the same on all ranks
             return [layer]
-        if self._open and self._is_open(layer) and mixed >= self._retry_at:
-            return [layer]
-        return []
+        return [layer] if is_open and mixed >= self._retry_at else []
 
     def passes_at(self, layer: str) -> int:
         """How often the training step runs for a batch that is mixed at a layer.
@@ -81,9 +86,6 @@ class Proof:
         """
         unproven = self._wanted == "auto" and ("pair", layer) in self._open
         return 2 if unproven else self.passes or 1
-
-    def _is_open(self, layer: str) -> bool:
-        return any(where == layer for _, where in self._open)
 
     def is_new(self, layer: str, passes: int, built: Any, calls: int, reads: bool, checked: bool) -> bool:
         """Whether a training step was built otherwise than all before it, and is to be checked again.
@@ -121,7 +123,7 @@ class Proof:
         mixed: int,
         again: bool = False,
     ) -> None:
-        """Ask both oracles about a batch.
+        """Ask the oracles about a batch: both, or the one whose turn it is.
 
         Args:
             trials: the step on that batch; None if it has one sample, which tells nothing.
@@ -138,12 +140,12 @@ class Proof:
             MixingError: if something else than layer k and the targets reaches the loss; no weight has changed.
         """
         failure = reason = None
-        self._asked = True
+        ask, self._ask, self._asked = self._ask, ORACLES, True
         self._verdicts = {("swap", site.layer): Verdict.NO_POWER for site in sites if trials is None}
         if trials is not None:
             try:
-                failure = self._swaps(trials, sites, permutations)
-                if failure is None and self._wanted != 2:
+                failure = self._swaps(trials, sites, permutations) if "swap" in ask else None
+                if failure is None and self._wanted != 2 and "pair" in ask:
                     failure, reason = self._pairs(trials, sites, draws)
             except NoGhostError as error:
                 self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
@@ -156,7 +158,7 @@ class Proof:
             raise MixingError(failure or "The self-check has failed on another rank; see its message.")
         if not again:
             self.enabled = together(self.enabled)
-            for asked in [(oracle, site.layer) for oracle in ("swap", "pair") for site in sites]:
+            for asked in [(oracle, site.layer) for oracle in ask for site in sites]:
                 if together(self._verdicts.get(asked) is not Verdict.NO_POWER):
                     self._open.discard(asked)
                 else:

@@ -161,7 +161,7 @@ class Trials:
             states_before = random_states(self.module.parameters())
             output = self.call.of(ghost.training_step, batch)
             states_after = random_states(self.module.parameters())
-            self.seen.random |= self.train and not same_random_states(states_before, states_after)
+            drawn = self.train and not same_random_states(states_before, states_after)
             if ghost.automatic_optimization and (loss := loss_of(output)) is not None:
                 heads.note_loss(plain(loss), beside)
             used = superposition is None or superposition.used or not superposition.holds_labels
@@ -169,6 +169,7 @@ class Trials:
             if superposition is not None and superposition.inspected:
                 outcome = replace(outcome, inspected=True)
         seen = self.seen
+        seen.random |= drawn
         seen.written |= writes.found
         seen.writes_batch |= any(tensor._version != version for tensor, version in untouched)
         seen.superposed |= superposition is not None and superposition.holds_labels

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
+from lightning_manifold_mixup._step.check import proof
 from lightning_manifold_mixup._step.check.proof import Proof
 from tests.exactness import Module, assert_exact, by_hand, data, network, train
 from tests.helpers import trainer
@@ -44,6 +45,34 @@ class TestWhen:
         assert checks[0] == (0, ["input", "model.1", "model.3"])
         assert [mixed for mixed, layers in checks[1:]] == [10, 100]
         assert all(len(layers) == 1 for _, layers in checks[1:])
+
+    def test_the_oracles_take_turns_later(self, monkeypatch):
+        asked = []
+        for name in ("swap", "pair"):
+            original = getattr(proof, name)
+
+            def noted(*args, name=name, original=original):
+                asked.append((callback._fit._mixed, name))
+                return original(*args)
+
+            monkeypatch.setattr(proof, name, noted)
+        callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
+        trainer(callback, max_steps=105, max_epochs=-1).fit(Module(F.cross_entropy), loader())
+        assert asked == [(0, "swap"), (0, "pair"), (10, "swap"), (100, "pair")]
+
+    def test_a_leak_that_begins_later_in_a_graph_of_the_same_size(self, checks):
+        class Later(Module):
+            def training_step(self, batch, batch_idx):
+                z, x = self.model(batch[0]), batch[0].sum(1)
+                beside = torch.ones_like(x) if self.global_step < 5 else x
+                return F.cross_entropy(z, batch[1]) + (z.sum(1) * beside).mean()
+
+        module = Later(None)
+        callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
+        with pytest.raises(MixingError, match="No weight has changed"):
+            trainer(callback, max_epochs=5).fit(module, loader())
+        assert [mixed for mixed, _ in checks] == [0, 10]
+        assert module.global_step == 10
 
     def test_auto_on_the_observed_batch(self, checks):
         callback = ManifoldMixupCallback(seed=0)
