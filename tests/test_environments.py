@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +29,18 @@ def test_the_oldest_are_the_floors():
 def test_every_environment_is_run():
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for name, row in environments.ENVIRONMENTS.items():
+        if row["tests"].endswith("by hand"):
+            assert name not in run
+            continue
         [line] = [line for line in run.splitlines() if line.startswith(f"test_in {name}")]
         assert ("test_compile" in line or row["tests"] == "all") == (row["tests"] != "core")
         assert f"python_of {row['python']}" in run or name == "newest"
+
+
+def test_pythons_of_the_classifiers_are_those_of_the_table():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    assert sorted(named) == sorted({row["python"] for row in environments.ENVIRONMENTS.values()})
 
 
 @pytest.mark.parametrize("package", environments.COLUMNS[1:])
