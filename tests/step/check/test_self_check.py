@@ -52,12 +52,13 @@ class TestWhen:
             original = getattr(proof, name)
 
             def noted(*args, name=name, original=original):
-                asked.append((callback._fit._mixed, name))
+                asked.append((module.global_step, name))
                 return original(*args)
 
             monkeypatch.setattr(proof, name, noted)
+        module = Module(F.cross_entropy)
         callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
-        trainer(callback, max_steps=105, max_epochs=-1).fit(Module(F.cross_entropy), loader())
+        trainer(callback, max_steps=105, max_epochs=-1).fit(module, loader())
         assert asked == [(0, "swap"), (0, "pair"), (10, "swap"), (100, "pair")]
 
     def test_a_leak_that_begins_later_in_a_graph_of_the_same_size(self, checks):
