@@ -26,6 +26,13 @@ def test_the_oldest_are_the_floors():
     }
 
 
+def test_files_that_are_run_exist():
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    files = re.findall(r"tests/[\w/]+\.py", run)
+    assert files
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
 def test_every_environment_is_run():
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for name, row in environments.ENVIRONMENTS.items():

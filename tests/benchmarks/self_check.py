@@ -16,17 +16,15 @@ from .step import Classifier, fit
 
 SHAPE, CLASSES = (8, 3, 96, 96), 1000
 LAYERS = ["input", "model.layer1", "model.layer2"]
-SECOND = 10  # the batch before which the step is checked for the second time, by one oracle; then 100 by the other
+SECOND = 10  # the batch before which the step is checked for the second time, by both oracles; before 100 by one
 THIRD = SECOND + 2
 TARGETS = {100: 1.10, 1000: 1.01}
-
-
-due = Proof.due
+DUE = Proof.due
 
 
 def sooner(proof: Proof, layers: Collection[str], layer: str, mixed: int) -> list[str]:
-    """``Proof.due``, but the third check comes soon after the second."""
-    return due(proof, layers, layer, SECOND**2 if mixed == THIRD else mixed)
+    """Let the third check come soon after the second; in place of ``Proof.due``."""
+    return DUE(proof, layers, layer, SECOND**2 if mixed == THIRD else mixed)
 
 
 def run(measure: Measure, rounds: int = 3) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any, Literal
 
 import torch
@@ -49,7 +49,7 @@ class Proof:
         self._verdicts: dict[tuple[str, str], Verdict] = {}  # of this rank, in the check that is running
         self._asked = False  # in this fit, about all layers
         self._next = 10
-        self._turns = cycle(ORACLES)  # from batch 10 on, a check asks one oracle about one layer
+        self._turns = chain([ORACLES], cycle([("pair",), ("swap",)]))  # after batch 10, a check asks one oracle
         self._ask: Sequence[str] = ORACLES
         self._retry_at = 0
         self._seen: dict[Any, set[Any]] = {}
@@ -75,7 +75,7 @@ class Proof:
         if mixed >= self._next:
             self._next *= 10
             turn = next(self._turns)
-            self._ask = ORACLES if is_open else [turn]  # the same on all ranks
+            self._ask = ORACLES if is_open else turn  # the same on all ranks
             return [layer]
         return [layer] if is_open and mixed >= self._retry_at else []
 

@@ -46,7 +46,7 @@ class TestWhen:
         assert [mixed for mixed, layers in checks[1:]] == [10, 100]
         assert all(len(layers) == 1 for _, layers in checks[1:])
 
-    def test_the_oracles_take_turns_later(self, monkeypatch):
+    def test_both_oracles_at_10_and_in_turn_later(self, monkeypatch):
         asked = []
         for name in ("swap", "pair"):
             original = getattr(proof, name)
@@ -56,10 +56,10 @@ class TestWhen:
                 return original(*args)
 
             monkeypatch.setattr(proof, name, noted)
-        callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
         module = Module(F.cross_entropy)
+        callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
         trainer(callback, max_steps=105, max_epochs=-1).fit(module, loader())
-        assert asked == [(0, "swap"), (0, "pair"), (10, "swap"), (100, "pair")]
+        assert asked == [(0, "swap"), (0, "pair"), (10, "swap"), (10, "pair"), (100, "pair")]
 
     def test_a_leak_that_begins_later_in_a_graph_of_the_same_size(self, checks):
         class Later(Module):
