@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_manifold_mixup import draw_mix
-from lightning_manifold_mixup._step.mix.interpolation import is_worth_calls
+from lightning_manifold_mixup._step.mix.interpolation import ROW_BYTES
 
 from .measure import Measure, Section, keep_memory
 
@@ -98,7 +98,7 @@ def limit(h: Tensor, dim: int, lerp: float) -> float:
     """What forward can come to at best, over a copy; ``lerp`` is what torch.lerp takes."""
     if h.device.type == "cuda":
         return ONE_PASS["cuda"]
-    one_pass = is_worth_calls(h, dim)
+    one_pass = h.stride(dim) * min(h.dtype.itemsize, 4) >= ROW_BYTES * torch.get_num_threads()  # row by row
     if h.dtype.itemsize < 4:
         return max(lerp, ONE_PASS["cpu"]) + (not one_pass)
     if min(h.stride()) > 1:

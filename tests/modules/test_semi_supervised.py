@@ -271,10 +271,10 @@ class TestMethod:
         targets = []
         original = semi.consistency_loss
 
-        def spy(logits, target, softmax):
+        def spy(logits, target, *, softmax):
             targets.append(target)
             assert logits.requires_grad
-            return original(logits, target, softmax)
+            return original(logits, target, softmax=softmax)
 
         monkeypatch.setattr(semi, "consistency_loss", spy)
         ours = module(teacher)

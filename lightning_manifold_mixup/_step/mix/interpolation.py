@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The fewest elements that PyTorch gives to one thread. A row with so many for each thread is worth its own call.
-GRAIN = 1 << 15
+# The fewest elements that PyTorch gives to one thread, in float32. A row with so many for each is worth its own call.
+ROW_BYTES = 4 << 15
 # Up to as many elements, the operations of PyTorch with their own gradients take less time than a Function in Python.
 SMALL = 1 << 14
 # Devices whose numbers the host reads without waiting.
@@ -93,8 +93,9 @@ def interpolate(
     # repeated, it sums. In half precision torch.lerp takes a number in float32, but rounds a tensor of lams.
     lerp = permutation or not transposed
     if lerp and h.device.type in HOSTS and (not lam.ndim or not (transposed or h.dtype.itemsize < lam.dtype.itemsize)):
-        # Row by row takes one pass, but each row must be contiguous, keep all threads busy and be worth a call.
-        if is_worth_calls(h, dim):
+        # Row by row takes one pass, but each row must be contiguous, keep all threads busy and be worth a call: in half
+        # precision it holds half as much.
+        if h.stride(dim) * min(h.dtype.itemsize, 4) >= ROW_BYTES * torch.get_num_threads():
             mixed = row_by_row(h, lam, partners, dim, transposed)
         else:
             partner = h.index_select(dim, partners.argsort() if transposed else partners)
@@ -105,11 +106,6 @@ def interpolate(
     else:
         mixed = _plain(h, lam, partners, dim, transposed, permutation)
     return mixed if order is None else mixed.permute([order.index(d) for d in range(h.ndim)])
-
-
-def is_worth_calls(h: Tensor, dim: int) -> bool:
-    """Whether each row of a contiguous state is worth a call of its own: in half precision it holds half as much."""
-    return h.stride(dim) * min(h.dtype.itemsize, 4) >= 4 * GRAIN * torch.get_num_threads()
 
 
 def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:

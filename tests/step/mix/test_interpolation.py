@@ -57,7 +57,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "plain":
         monkeypatch.setattr(interpolation, "HOSTS", set())
     else:
-        monkeypatch.setattr(interpolation, "GRAIN", 1 if request.param == "rows" else 1 << 60)
+        monkeypatch.setattr(interpolation, "ROW_BYTES", 4 if request.param == "rows" else 1 << 60)
     return request.param
 
 
