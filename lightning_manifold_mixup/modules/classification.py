@@ -96,6 +96,9 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
         Manifold Mixup: alpha 2.0, S = auto, not yet chosen
     """
 
+    # Not for ``to_torchscript``: metrics are no part of the network, and older ones cannot be compiled.
+    __jit_ignored_attributes__ = ("best_error", "evaluations")
+
     def __init__(
         self,
         model: nn.Module,
@@ -257,7 +260,6 @@ class Evaluation(nn.Module):
         self.metrics = MetricCollection(metrics, prefix=prefix)
         self.nll = MeanMetric()
 
-    @torch.jit.unused  # no part of the network that ``to_torchscript`` writes
     def forward(self, logits: Tensor, y: Tensor) -> None:
         """Add a batch: (n, classes) and (n,)."""
         logits = logits.float()
