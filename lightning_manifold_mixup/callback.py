@@ -170,7 +170,9 @@ class ManifoldMixupCallback(Callback):
             return
         places = self._keys.locate(batch, self.batch_dim)
         layers, epoch = self._state.layers, trainer.current_epoch
-        first, *others = contexts_of(batch, places, layers or {}, alpha, epoch, draws, self.partners, self.dominant)
+        first, *others = contexts_of(
+            batch, places, layers or {}, alpha, epoch, draws, partners=self.partners, dominant=self.dominant
+        )
         device = places.sample_of(batch).device
         if not self._announced and first.n == 1:
             rank_zero_warn("Manifold Mixup: the batch has one sample, so there is no partner to mix it with.")
@@ -230,7 +232,7 @@ class ManifoldMixupCallback(Callback):
         callbacks = [c for c in trainer.callbacks if isinstance(c, ManifoldMixupCallback)]  # type: ignore[attr-defined]
         check_alone(callbacks)
         if stage == "fit":
-            check_module(pl_module, self.log_clean)
+            check_module(pl_module, log_clean=self.log_clean)
             self._said = ""
             check_compiled(pl_module)
             self._state = FitState()  # a resumed run loads its state after this; another network needs another one
@@ -253,9 +255,9 @@ class ManifoldMixupCallback(Callback):
             self._keys,
             self.batch_dim,
             tuple(self.target_modules),
-            self.self_check,
-            self.passes,
-            self.clean_weight,
+            self_check=self.self_check,
+            passes=self.passes,
+            clean_weight=self.clean_weight,
         )
         self._fit = Fit(trainer, pl_module, options, self._state)
 

@@ -31,7 +31,7 @@ from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.labels.mixed_target import MixedTarget
 from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.mix.dims import batch_dims, is_state, wrong_shape
-from lightning_manifold_mixup._step.mix.draw_check import check_draw, check_target, number_of
+from lightning_manifold_mixup._step.mix.draw_check import check_mix, check_target, number_of
 from lightning_manifold_mixup._step.mix.hooks import MixingHook
 from lightning_manifold_mixup._step.mix.interpolation import differentiable, interpolate
 from lightning_manifold_mixup._step.mix.switches import mixing_opened
@@ -75,7 +75,7 @@ class Mix(_Known):
     partners: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "permutation", check_draw(self.lam, self.partners))
+        object.__setattr__(self, "permutation", check_mix(self.lam, self.partners))
         object.__setattr__(self, "number", number_of(self.lam))
 
     @classmethod
@@ -119,7 +119,8 @@ class Mix(_Known):
         # A compiler differentiates plain operations itself; torch 2.11 makes the gradient of the Function below zero.
         if torch.compiler.is_compiling():
             return interpolate(h, self.lam, self.partners, dim, permutation=self.permutation)  # type: ignore[return-value]
-        return differentiable(h, self.lam, self.partners, dim, self.permutation, self.number)  # type: ignore[return-value]
+        how = self.lam, self.partners, dim
+        return differentiable(h, *how, permutation=self.permutation, number=self.number)  # type: ignore[return-value]
 
     def target(self, y: T) -> T:
         """Return the labels of the mixed samples (section 2, step 3).

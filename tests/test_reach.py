@@ -125,7 +125,7 @@ def test_other_devices_mix_by_operations_that_all_of_them_have(lam, permutation,
     monkeypatch.setattr(interpolation, "kernel_for", None)
     h = torch.empty(4, 3, device="meta", requires_grad=True)
     partners = torch.arange(4, device="meta")
-    mixed = interpolation.differentiable(h, lam.to("meta"), partners, 0, permutation, None)
+    mixed = interpolation.differentiable(h, lam.to("meta"), partners, 0, permutation=permutation, number=None)
     mixed.sum().backward()
     assert mixed.shape == h.grad.shape == (4, 3)
     assert mixed.device == h.grad.device == h.device

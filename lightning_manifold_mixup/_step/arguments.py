@@ -93,7 +93,7 @@ def check_alone(callbacks: Sequence[Any]) -> None:
         )
 
 
-def check_module(module: Any, log_clean: bool) -> None:
+def check_module(module: Any, *, log_clean: bool) -> None:
     """Refuse a module whose batches cannot be mixed, or whose step cannot run once more for ``log_clean``."""
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(

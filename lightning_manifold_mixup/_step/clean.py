@@ -11,13 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_manifold_mixup._step.call import loss_of
-from lightning_manifold_mixup._step.check.ghost import (
-    NoGhostError,
-    batch_of_ghosts,
-    ghost_of,
-    random_states,
-    set_random_states,
-)
+from lightning_manifold_mixup._step.check.ghost import NoGhostError, batch_of_ghosts, ghost_of
+from lightning_manifold_mixup._step.check.random_states import replayed
 from lightning_manifold_mixup._step.logging import PREFIX
 
 
@@ -58,11 +53,8 @@ def clean_values(module: Any, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         logged.update(values)
 
     vars(ghost).update(log=log, log_dict=log_dict)
-    states = random_states(module.parameters())
-    try:
+    with replayed(module.parameters()):
         output = ghost.training_step(copied, batch_idx)
-    finally:
-        set_random_states(states)
     if (loss := loss_of(output)) is not None:
         logged["loss"] = loss
     found = {name: _number(value) for name, value in logged.items()}

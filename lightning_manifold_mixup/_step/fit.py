@@ -18,9 +18,10 @@ from lightning_manifold_mixup._step.call import Call, loss_of
 from lightning_manifold_mixup._step.check.compiled import compiled_parts, fresh_graphs
 from lightning_manifold_mixup._step.check.compiled_check import Eager, eager_step
 from lightning_manifold_mixup._step.check.first_batch import watch
-from lightning_manifold_mixup._step.check.ghost import NoGhostError, batch_of_ghosts, random_states
+from lightning_manifold_mixup._step.check.ghost import NoGhostError, batch_of_ghosts
 from lightning_manifold_mixup._step.check.modes import modes_of, nodes_made, reads_mode
 from lightning_manifold_mixup._step.check.proof import Passes, Proof
+from lightning_manifold_mixup._step.check.random_states import random_states
 from lightning_manifold_mixup._step.check.trials import Mixes, Trials
 from lightning_manifold_mixup._step.labels.criteria import CriterionHooks, criterion_candidates, plain_metrics
 from lightning_manifold_mixup._step.labels.reads import Answers
@@ -85,7 +86,7 @@ class Fit:
 
     def __init__(self, trainer: Any, module: Any, options: Options, state: FitState) -> None:
         self.trainer, self.module, self.options, self.state = trainer, module, options, state
-        self.proof = Proof(trainer, options.self_check, options.passes, state.passes)
+        self.proof = Proof(trainer, enabled=options.self_check, passes=options.passes, decided=state.passes)
         self.draws = Draws(state.seed, trainer.global_rank)
         self.step: Step | None = None
         self.observes = False
@@ -97,9 +98,9 @@ class Fit:
         self._hooks: dict[str, MixingHook] = {}
         self._target_hooks: list[TargetHook] = []
         self._answers = Answers()
-        self._states: Any = None  # of the random generators, before the step; None if it draws no numbers
+        self._random_states: Any = None  # of the random generators, before the step; None if it draws no numbers
         self._written: set[nn.Parameter] = set()  # by the training step itself
-        self._writes_batch = self._random = False  # whether it does, and whether it draws random numbers
+        self._writes_batch = self._draws_random = False  # whether it does, and whether it draws random numbers
         self._parts = [part for part in module.modules() if reads_mode(part.__class__)]
         self._compiled = bool(compiled_parts(module))
         self._places: Places | None = None  # of the sites below, by layer
@@ -189,7 +190,7 @@ class Fit:
         nodes = nodes_made() - before - step.nodes
         if (failure := step.superposition.failure) is not None:
             proof.run_twice(str(failure).split(". ")[0], again=True)
-            output = output if weight else step.after_all(output, wanted, self._states)
+            output = output if weight else step.after_all(output, wanted, self._random_states)
         loss = loss_of(output)
         if eager is not None and loss is not None:
             self._stack.callback(eager.compare(loss).remove)
@@ -197,14 +198,14 @@ class Fit:
         # compiler adds nodes of its own while it traces.
         built = id(step.site.places), modes_of(self._parts), loss is None or self._compiled or nodes
         calls, checked = step.hook.calls if step.hook else 0, self._checked or failure is not None
-        if proof.is_new(layer, passes, built, calls, bool(self._answers.new), checked):
+        if proof.is_new(layer, passes, built, calls, reads=bool(self._answers.new), checked=checked):
             decided = proof.passes
             self._prove([layer], step, wanted, again=True)
             if proof.passes != decided:
                 if weight:
                     output = step.beside_clean(training_step, wanted, weight, self._prepare(step))
                 else:
-                    output = step.after_all(output, wanted, self._states)
+                    output = step.after_all(output, wanted, self._random_states)
         self._checked = True
         return output
 
@@ -212,11 +213,11 @@ class Fit:
         """How often the step is to run; and what it needs, should that turn out to be wrong."""
         proof, passes = self.proof, self.options.passes
         able = self.module.automatic_optimization and not step.superposition.lam.ndim
-        step.reader = self._answers = Answers(proof.harmless, passes == 1 and proof.enabled)
+        step.reader = self._answers = Answers(proof.harmless, deciding=passes == 1 and proof.enabled)
         step.superposition.forgiving = able and passes == "auto"
         # Where the oracles have seen nothing of the kind, PyTorch's alone, or none: to note them all takes time.
         proven = proof.enabled and proof.passes == 1 and not proof.harmless
-        self._states = random_states(()) if not proven else torch.get_rng_state() if self._random else None
+        self._random_states = random_states(()) if not proven else torch.get_rng_state() if self._draws_random else None
         return proof.passes_at(step.site.layer) if able else proof.passes or 1
 
     def _eager(self, step: Step, call: Call) -> Eager | None:
@@ -231,7 +232,7 @@ class Fit:
 
     # ---------------------------------------------------------------------------------------------- the first batch
 
-    def _prove(self, layers: Collection[str], step: Step, call: Call, again: bool = False) -> None:
+    def _prove(self, layers: Collection[str], step: Step, call: Call, *, again: bool = False) -> None:
         if not layers or not self.proof.enabled:
             return
         assert self._observed is not None
@@ -247,11 +248,11 @@ class Fit:
         )
         trials = Trials(self.module, call) if min(sizes) > 1 else None
         sites = [self._site(layer, places) for layer in layers]
-        self.proof.check(trials, sites, permutations, draws, self._mixed, again)
+        self.proof.check(trials, sites, permutations, draws, self._mixed, again=again)
         if trials is not None:
             self._written |= trials.seen.written
             self._writes_batch |= trials.seen.writes_batch
-            self._random |= trials.seen.random
+            self._draws_random |= trials.seen.random
         self.state.passes = self.proof.passes
         if trials is not None and trials.seen.superposed:
             self._hook_criteria(sorted(trials.seen.fired))

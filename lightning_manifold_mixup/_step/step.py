@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lightning_manifold_mixup._step.batch import tree as batches
 from lightning_manifold_mixup._step.batch.names import marks_padding
 from lightning_manifold_mixup._step.call import Call, loss_of, with_loss
-from lightning_manifold_mixup._step.check.ghost import batch_of_ghosts, ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.check.ghost import batch_of_ghosts, ghost_of
+from lightning_manifold_mixup._step.check.random_states import random_states, replayed
 from lightning_manifold_mixup._step.labels.criteria import plain_metrics
 from lightning_manifold_mixup._step.labels.targets import SAMPLES, MixingError, Reader, Superposition, plain
 from lightning_manifold_mixup._step.mix.draw_check import check_target
@@ -56,7 +57,7 @@ class Site:
     classes: Collection[Any] = ()
     target_modules: tuple[str, ...] = ()
 
-    def hook(self, module: nn.Module, mixes: tuple[Mix, ...], stack: ExitStack, in_eval: bool = False) -> MixingHook:
+    def hook(self, module: nn.Module, mixes: tuple[Mix, ...], stack: ExitStack, *, in_eval: bool = False) -> MixingHook:
         """Register hooks on a ghost, which then mixes at this site until ``stack`` is closed."""
         hook = MixingHook(self.batch_dim, self.dims.get(self.layer))
         hook.in_eval = in_eval
@@ -100,14 +101,14 @@ class Site:
                 for key in group.targets:
                     target, classes = self.places.of(batch, key), key in self.classes
                     values[key] = (
-                        self._label(target, mix, how, superposition, classes)
+                        self._label(target, mix, how, superposition, classes=classes)
                         if isinstance(target, Tensor)
-                        else apply_to_collection(target, Tensor, self._label, mix, how, superposition, classes)
+                        else apply_to_collection(target, Tensor, self._label, mix, how, superposition, classes=classes)
                     )
                 for key in group.masks:
                     mask = self.places.of(batch, key)
                     of_partners = mask[mix.partners.to(mask.device, non_blocking=mask.is_cuda)]
-                    values[key] = union(mask, of_partners, marks_padding(key))
+                    values[key] = union(mask, of_partners, padding=marks_padding(key))
             if self.layer == INPUT and inputs:
                 for key in group.inputs:
                     value = self.places.of(batch, key)
@@ -117,7 +118,9 @@ class Site:
                         raise _unmixable(value, key, error) from None
         return self.places.replace(batch, values)
 
-    def _label(self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, classes: bool) -> Tensor:
+    def _label(
+        self, target: Tensor, mix: Mix, how: How, superposition: Superposition | None, *, classes: bool
+    ) -> Tensor:
         dim = self.places.target_dim if target.ndim > self.places.target_dim else 0
         check_target(target, mix.partners.shape[0], dim)
         if target.is_floating_point() and not classes:
@@ -149,7 +152,7 @@ def _unmixable(value: Any, key: Any, error: MixingError) -> Exception:
     return MixingError(f"The input at {key!r} and the target do not hold the same samples. {error}")
 
 
-def union(mask: Tensor, of_partners: Tensor, padding: bool) -> Tensor:
+def union(mask: Tensor, of_partners: Tensor, *, padding: bool) -> Tensor:
     """Return what is seen of a sample or of its partner; ``padding`` says that the masks tell what is not seen."""
     if mask.dtype == torch.bool:
         return mask & of_partners if padding else mask | of_partners
@@ -219,13 +222,11 @@ class Step:
         ghost, second_call = ghost_of(self.module, self.written), call.on(batch_of_ghosts(call.batch))
         states = random_states(self.module.parameters())
         first = self._pass(training_step, call, "dominant", hook)
-        after = random_states(self.module.parameters())
-        set_random_states(states)  # the same dropout in both passes: one state, two labellings
         # Hooked for good: activation checkpoints run it again in backward.
         beside = self.site.hook(ghost, self.mixes, ExitStack())
-        second = self._pass(ghost.training_step, second_call, "other", beside)
+        with replayed(self.module.parameters(), states):  # the same dropout in both passes: one state, two labellings
+            second = self._pass(ghost.training_step, second_call, "other", beside)
         self.hooks = [beside] if hook is None else [hook, beside]
-        set_random_states(after)
         loss, other = loss_of(first), loss_of(second)
         if loss is None or other is None:
             return None
@@ -241,17 +242,15 @@ class Step:
             call: what it was called with.
             states: of the random generators before it; of PyTorch's alone, as a tensor; or None.
         """
-        after = random_states(self.module.parameters())
         # Not as they were: those of the devices, and others that nobody has noted. But the same for both.
+        after = random_states(self.module.parameters())
         host, _, *others = after if states is None else (states, *after[1:]) if isinstance(states, Tensor) else states
-        states = host, after[1], *others
         losses = []
         for how in ("dominant", "other"):
             ghost = ghost_of(self.module, self.written)
-            set_random_states(states)
             hook = self.site.hook(ghost, self.mixes, ExitStack())
-            losses.append(self._pass(ghost.training_step, call.on(batch_of_ghosts(call.batch)), how, hook))
-        set_random_states(after)
+            with replayed(self.module.parameters(), (host, after[1], *others)):
+                losses.append(self._pass(ghost.training_step, call.on(batch_of_ghosts(call.batch)), how, hook))
         first, second = map(loss_of, losses)
         return None if first is None or second is None else with_loss(output, self.superposition.mean(first, second))
 
@@ -269,14 +268,12 @@ class Step:
         ghost, mixed_call = ghost_of(self.module, self.written), call.on(batch_of_ghosts(call.batch))
         states = random_states(self.module.parameters())
         clean = call.of(training_step, call.batch)
-        after = random_states(self.module.parameters())
-        set_random_states(states)
         plain_metrics(ghost, ExitStack())
         hook = self.site.hook(ghost, self.mixes, ExitStack())
-        mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, mixed_call, hook)
-        if passes == 1 and self.superposition.failure is not None:
-            mixed = self.after_all(mixed, mixed_call, states)
-        set_random_states(after)
+        with replayed(self.module.parameters(), states):
+            mixed = (self.once if passes == 1 else self.twice)(ghost.training_step, mixed_call, hook)
+            if passes == 1 and self.superposition.failure is not None:
+                mixed = self.after_all(mixed, mixed_call, states)
         loss, other = loss_of(clean), loss_of(mixed)
         if loss is None or other is None:
             return None

@@ -192,7 +192,7 @@ def test_mixing_on_a_device_without_data_reads_nothing(transposed: bool) -> None
     from lightning_manifold_mixup._step.mix.interpolation import interpolate
 
     h, lam, partners = (torch.empty(4, 3), torch.tensor(0.3), torch.arange(4))
-    mixed = interpolate(*(t.to("meta") for t in (h, lam, partners)), 0, transposed)
+    mixed = interpolate(*(t.to("meta") for t in (h, lam, partners)), 0, transposed=transposed)
     assert mixed.device.type == "meta"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_manifold_mixup._step.check.ghost import random_states, same_random_states
+from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.labels.targets import MixingError

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import copyreg
 import io
-import random
 import sys
 import threading
 import warnings
@@ -18,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.check.compiled import compiled_parts, eager
+from lightning_manifold_mixup._step.check.random_states import replayed
 from lightning_manifold_mixup._step.check.rebinding import rebind
 from lightning_manifold_mixup._step.check.writes import Writes
 from lightning_manifold_mixup._step.host import Callback
@@ -173,13 +172,13 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
     """
     parameters = list(module.parameters())
     before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    states = random_states(parameters)
     hook = sys.breakpointhook
     sys.breakpointhook = _nothing
     try:
         for parameter in parameters:
             parameter.grad = None
         with ExitStack() as stack:
+            stack.enter_context(replayed(parameters))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -192,7 +191,6 @@ def isolated(module: nn.Module) -> Iterator[Writes]:
             parameter.grad = gradient
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-        set_random_states(states)
 
 
 @contextmanager
@@ -216,38 +214,6 @@ def out_of_reach(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def random_states(parameters: Any) -> tuple[Any, ...]:
-    """Return the states of the global generators of PyTorch (also on the parameters' devices), Python and NumPy.
-
-    Example:
-        >>> states = random_states([])
-        >>> first = torch.rand(2)
-        >>> set_random_states(states)
-        >>> torch.equal(first, torch.rand(2))
-        True
-    """
-    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
-    on_devices = tuple((device, torch.cuda.get_rng_state(device)) for device in devices)
-    return torch.get_rng_state(), on_devices, random.getstate(), np.random.get_state()
-
-
-def set_random_states(states: tuple[Any, ...]) -> None:
-    """Set the generators back to what ``random_states`` gave."""
-    host, on_devices, python, numpy = states
-    torch.set_rng_state(host)
-    for device, state in on_devices:
-        torch.cuda.set_rng_state(state, device)
-    random.setstate(python)
-    np.random.set_state(numpy)
-
-
-def same_random_states(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether no random number was drawn between the two."""
-    numpy = all(np.array_equal(a, b) for a, b in zip(first[3], second[3], strict=True))
-    devices = all(torch.equal(a, b) for (_, a), (_, b) in zip(first[1], second[1], strict=True))
-    return numpy and devices and first[2] == second[2] and torch.equal(first[0], second[0])
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_manifold_mixup._step.check.diagnosis import explain
-from lightning_manifold_mixup._step.check.ghost import NoGhostError, random_states, same_random_states
+from lightning_manifold_mixup._step.check.ghost import NoGhostError
 from lightning_manifold_mixup._step.check.padding import all_seen, mask_from_tokens
+from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
 from lightning_manifold_mixup._step.check.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.labels.reads import Line
@@ -39,7 +40,7 @@ class Proof:
         harmless: lines of code that read values which depend on the labels, without an effect on the loss.
     """
 
-    def __init__(self, trainer: Any, enabled: bool, passes: Passes, decided: int | None) -> None:
+    def __init__(self, trainer: Any, *, enabled: bool, passes: Passes, decided: int | None) -> None:
         self.trainer = trainer
         self.enabled = enabled
         self._wanted = passes
@@ -87,7 +88,7 @@ class Proof:
         unproven = self._wanted == "auto" and ("pair", layer) in self._open
         return 2 if unproven else self.passes or 1
 
-    def is_new(self, layer: str, passes: int, built: Any, calls: int, reads: bool, checked: bool) -> bool:
+    def is_new(self, layer: str, passes: int, built: Any, calls: int, *, reads: bool, checked: bool) -> bool:
         """Whether a training step was built otherwise than all before it, and is to be checked again.
 
         Args:
@@ -121,6 +122,7 @@ class Proof:
         permutations: Mixes,
         draws: Mixes,
         mixed: int,
+        *,
         again: bool = False,
     ) -> None:
         """Ask the oracles about a batch: both, or the one whose turn it is.
@@ -153,7 +155,7 @@ class Proof:
         together = bool if again else self._on_all_ranks
         once = together(reason is None)
         if not once and failure is None:
-            failure = self._decide_for_two(reason or "so it is on another rank", again)
+            failure = self._decide_for_two(reason or "so it is on another rank", again=again)
         if not together(failure is None):
             raise MixingError(failure or "The self-check has failed on another rank; see its message.")
         if not again:
@@ -169,7 +171,7 @@ class Proof:
         if once and trials is not None and self._wanted != 2:
             self.passes = self.passes or 1
 
-    def run_twice(self, reason: str, again: bool = False) -> None:
+    def run_twice(self, reason: str, *, again: bool = False) -> None:
         """Run the training step once for each labelling from now on.
 
         Args:
@@ -238,7 +240,7 @@ class Proof:
                 return None, finding.reason
         return None, None
 
-    def _decide_for_two(self, reason: str, again: bool) -> str | None:
+    def _decide_for_two(self, reason: str, *, again: bool) -> str | None:
         """Go over to two passes; if that is not possible, return why."""
         if self._wanted == 1 or not self.trainer.lightning_module.automatic_optimization:
             how = "`passes=1`" if self._wanted == 1 else "manual optimization"
@@ -247,10 +249,10 @@ class Proof:
                 "it cannot run once for each labelling instead. Compute the loss with `mixed_loss(function, logits, "
                 "y)`, or in a criterion module (nn.Module). No weight has changed in this step."
             )
-        self.run_twice(reason, again)
+        self.run_twice(reason, again=again)
         return None
 
-    def _on_all_ranks(self, decision: bool) -> bool:
+    def _on_all_ranks(self, decision: bool) -> bool:  # noqa: FBT001
         return bool(self.trainer.strategy.reduce_boolean_decision(decision, all=True))
 
     def _warn(self, what: str) -> None:

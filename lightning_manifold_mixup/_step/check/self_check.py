@@ -16,7 +16,7 @@ from enum import Enum
 
 import torch
 
-from lightning_manifold_mixup._step.check.ghost import same_random_states
+from lightning_manifold_mixup._step.check.random_states import same_random_states
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.labels.reads import Line, Reads
@@ -63,7 +63,7 @@ class Comparison:
         power: whether the third differs, so that a mistake would show.
     """
 
-    def __init__(self, got: Outcome, wanted: Outcome, wrong: Outcome, same_states: bool = False) -> None:
+    def __init__(self, got: Outcome, wanted: Outcome, wrong: Outcome, *, same_states: bool = False) -> None:
         self.got, self.wanted, self.wrong = got, wanted, wrong
         coarse = max(got.precision, wanted.precision, wrong.precision)
         own = max(got.own, wanted.own, wrong.own)

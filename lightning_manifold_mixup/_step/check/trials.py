@@ -20,9 +20,8 @@ from lightning_manifold_mixup._step.check.ghost import (
     ghost_of,
     isolated,
     out_of_reach,
-    random_states,
-    same_random_states,
 )
+from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
 from lightning_manifold_mixup._step.devices import float64
 from lightning_manifold_mixup._step.labels.criteria import criterion_hooks, plain_metrics
 from lightning_manifold_mixup._step.labels.pairs import tensors
@@ -165,7 +164,7 @@ class Trials:
             if ghost.automatic_optimization and (loss := loss_of(output)) is not None:
                 heads.note_loss(plain(loss), beside)
             used = superposition is None or superposition.used or not superposition.holds_labels
-            outcome = heads.outcome(states_after, used)
+            outcome = heads.outcome(states_after, used=used)
             if superposition is not None and superposition.inspected:
                 outcome = replace(outcome, inspected=True)
         seen = self.seen
@@ -227,7 +226,7 @@ class _Heads:
         self._own = max(self._own, torch.finfo(loss.dtype).eps)
         self._losses.append(float64(loss.detach()).sum())
 
-    def outcome(self, random: Any, used: bool) -> Outcome:
+    def outcome(self, random: Any, *, used: bool) -> Outcome:
         """Return what the run gave."""
         if not self._losses:
             return Outcome(None, torch.zeros(0), 0.0, random)

@@ -195,7 +195,7 @@ class LabelUse(Recording):
         name, read, results = function_name(func), [one.tensor for one in reads], [*made, *written]
         labels = [self._labels[tensor] for tensor in read if tensor in self._labels]
         trained = any(tensor.requires_grad for tensor in results)
-        self._trace(name, read, results, trained)
+        self._trace(name, read, results, trained=trained)
         predicted = [tensor for tensor in read if tensor.requires_grad or tensor in self._predictions]
         if not labels:
             if predicted and not trained:
@@ -229,7 +229,7 @@ class LabelUse(Recording):
         """List the targets that some columns belong to."""
         return [target for target in self._targets.values() if not set(values).isdisjoint(target.numbers)]
 
-    def _trace(self, name: str, read: list[Tensor], results: list[Tensor], trained: bool) -> None:
+    def _trace(self, name: str, read: list[Tensor], results: list[Tensor], *, trained: bool) -> None:
         """Note which targets the results come from, and which of these were read together."""
         found = {id(tensor): self._origins[tensor] for tensor in read if tensor in self._origins}
         if not found:

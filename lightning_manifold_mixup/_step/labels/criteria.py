@@ -16,7 +16,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_manifold_mixup._step.check.ghost import ghost_of, random_states, set_random_states
+from lightning_manifold_mixup._step.check.ghost import ghost_of
+from lightning_manifold_mixup._step.check.random_states import random_states, replayed
 from lightning_manifold_mixup._step.labels.pairs import note_use, paired, tensors
 from lightning_manifold_mixup._step.labels.targets import (
     Superposed,
@@ -70,10 +71,8 @@ class CriterionHooks:
         if other is None or output is None:  # None: the criterion raised
             return None
         superposition, ghost, states, kept, args, kwargs = other
-        states_after = random_states(criterion.parameters())
-        set_random_states(states)
-        second = ghost.forward(*args, **kwargs)
-        set_random_states(states_after)
+        with replayed(criterion.parameters(), states):
+            second = ghost.forward(*args, **kwargs)
         recorded = note_use(superposition, (output, second))
         self.unfit |= not all(_is_loss(tensor) for tensor in tensors(output))
         # Tensors that it keeps for the step to read (``self.last``) are put into superposition, too.

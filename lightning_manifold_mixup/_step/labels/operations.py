@@ -198,9 +198,9 @@ def plain_cross_entropy(
     logits: Tensor,
     target: Any,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
+    size_average: bool | None = None,  # noqa: FBT001
     ignore_index: int = -100,
-    reduce: bool | None = None,
+    reduce: bool | None = None,  # noqa: FBT001
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:

@@ -127,7 +127,7 @@ class Answers:
         new: those other lines.
     """
 
-    def __init__(self, harmless: Collection[Line] = (), deciding: bool = False) -> None:
+    def __init__(self, harmless: Collection[Line] = (), *, deciding: bool = False) -> None:
         self._harmless, self._deciding = harmless, deciding
         self.new: set[Line] = set()
 

@@ -159,7 +159,7 @@ class Superposition:
         self.failure = error
         self.close(dominant=True)
 
-    def close(self, dominant: bool = False) -> None:
+    def close(self, *, dominant: bool = False) -> None:
         """End the superposition: tensors that somebody has kept are plain from now on.
 
         They hold the value shown; what was there before, and was written into, holds the dominant value, as after one

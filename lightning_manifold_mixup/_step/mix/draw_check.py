@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def check_draw(lam: Any, partners: Any) -> bool:
-    """Refuse what is no draw, and tell whether ``partners`` is known to be a permutation."""
+def check_mix(lam: Any, partners: Any) -> bool:
+    """Refuse what is no ``Mix``, and tell whether ``partners`` is known to be a permutation."""
     for name, value, dtypes, remedy in (
         ("lam", lam, (torch.float32, torch.float64), "`torch.tensor(lam)`, `lam.float()`"),
         ("partners", partners, (torch.int64,), "`torch.tensor(partners)`, `partners.long()`"),

@@ -121,7 +121,7 @@ class Draws:
         self._taken += 1
         return self._uniforms[self._count][self._taken - 1]
 
-    def mix(self, n: int, alpha: Alpha, dominant: bool = False) -> Mix:
+    def mix(self, n: int, alpha: Alpha, *, dominant: bool = False) -> Mix:
         """Compute ``draw_mix`` of this process's numbers."""
         if self._own is not None or self._mixed:
             return draw_mix(n, alpha, self.own, dominant)
@@ -186,7 +186,7 @@ class DrawContext:
     def draw_mix(self) -> Mix:
         """Draw lam ~ Beta(alpha, alpha), and a partner for each sample."""
         if self.partners is None and self.rows is None:
-            return self.draws.mix(self.n, self.alpha, self.dominant)
+            return self.draws.mix(self.n, self.alpha, dominant=self.dominant)
         return draw_mix(self.n, self.alpha, self.own, dominant=self.dominant, partners=self.draw_partners())
 
     def draw_partners(self) -> Tensor | None:
@@ -224,6 +224,7 @@ def contexts_of(
     alpha: Alpha,
     epoch: int,
     draws: Draws,
+    *,
     partners: Partners | None = None,
     dominant: bool = False,
 ) -> list[DrawContext]:

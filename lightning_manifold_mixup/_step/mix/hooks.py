@@ -70,7 +70,8 @@ class MixingHook:
         dim = self.dims[0] if self.dims and type(output) is Tensor and output.requires_grad else None
         before = nodes_made()
         if dim is not None and output.ndim > dim and output.shape[dim] == mix.partners.shape[0]:
-            mixed = differentiable(output, mix.lam, mix.partners, dim, mix.permutation, mix.number)
+            how = mix.lam, mix.partners, dim
+            mixed = differentiable(output, *how, permutation=mix.permutation, number=mix.number)
         else:
             mixed = self._mixed(module, mix, output)
         self.nodes += nodes_made() - before

@@ -32,20 +32,21 @@ class Interpolate(torch.autograd.Function):
     # second derivative.
     @staticmethod
     def forward(ctx: Any, h: Tensor, how: tuple[Tensor, Tensor, int, bool, bool]) -> Tensor:
-        """Compute ``interpolate(h, *how)``."""
-        ctx.how = how
-        return interpolate(h, *how)
+        """Compute ``interpolate`` in the way ``how``."""
+        ctx.how = lam, partners, dim, transposed, permutation = how
+        return interpolate(h, lam, partners, dim, transposed=transposed, permutation=permutation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Apply the transpose of the map in forward."""
         lam, partners, dim, transposed, permutation = ctx.how
-        how = (lam, partners, dim, not transposed, permutation)
-        return Interpolate.apply(gradient, how) if torch.is_grad_enabled() else interpolate(gradient, *how), None
+        if torch.is_grad_enabled():
+            return Interpolate.apply(gradient, (lam, partners, dim, not transposed, permutation)), None
+        return interpolate(gradient, lam, partners, dim, transposed=not transposed, permutation=permutation), None
 
 
 def differentiable(
-    h: Tensor, lam: Tensor, partners: Tensor, dim: int, permutation: bool, number: float | None
+    h: Tensor, lam: Tensor, partners: Tensor, dim: int, *, permutation: bool, number: float | None
 ) -> Tensor:
     """Compute ``interpolate`` with gradient, in the way that is faster; ``number`` is lam where the host knows it."""
     small = h.numel() <= SMALL and h.dtype.itemsize >= 4 and h.is_contiguous() and h.device.type in HOSTS
@@ -57,7 +58,7 @@ def differentiable(
 
 
 def interpolate(
-    h: Tensor, lam: Tensor, partners: Tensor, dim: int = 0, transposed: bool = False, permutation: bool = False
+    h: Tensor, lam: Tensor, partners: Tensor, dim: int = 0, *, transposed: bool = False, permutation: bool = False
 ) -> Tensor:
     """Compute ``lam * h + (1 - lam) * h.index_select(dim, partners)``, without gradients.
 
@@ -84,7 +85,7 @@ def interpolate(
     if partners.device != h.device:
         partners = partners.to(h.device, non_blocking=h.is_cuda)
     if torch.compiler.is_compiling() or type(h) is not Tensor:  # inductor fuses these; a DTensor has rules for them
-        return _plain(h, lam, partners, dim, transposed, permutation)
+        return by_operations(h, lam, partners, dim, transposed=transposed, permutation=permutation)
     order = None
     if not h.is_contiguous():  # with its dimensions in the order in which they lie in memory, any dense state is
         order = sorted(range(h.ndim), key=h.stride, reverse=True)
@@ -96,19 +97,20 @@ def interpolate(
         # Row by row takes one pass, but each row must be contiguous, keep all threads busy and be worth a call: in half
         # precision it holds half as much.
         if h.stride(dim) * min(h.dtype.itemsize, 4) >= ROW_BYTES * torch.get_num_threads():
-            mixed = row_by_row(h, lam, partners, dim, transposed)
+            mixed = row_by_row(h, lam, partners, dim, transposed=transposed)
         else:
             partner = h.index_select(dim, partners.argsort() if transposed else partners)
             weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
             mixed = partner.lerp_(h, _along(dim, weight, h) if lam.ndim else weight)
     elif lerp and h.device.type == "cuda" and (kernel := kernel_for(h.device)):
-        mixed = kernel(h, lam, partners, dim, transposed)
+        mixed = kernel(h, lam, partners, dim, transposed=transposed)
     else:
-        mixed = _plain(h, lam, partners, dim, transposed, permutation)
+        mixed = by_operations(h, lam, partners, dim, transposed=transposed, permutation=permutation)
     return mixed if order is None else mixed.permute([order.index(d) for d in range(h.ndim)])
 
 
-def _plain(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool, permutation: bool) -> Tensor:
+def by_operations(h: Tensor, lam: Tensor, partners: Tensor, dim: int, *, transposed: bool, permutation: bool) -> Tensor:
+    """Compute ``interpolate`` by operations of PyTorch that make their results anew; for compilers and all devices."""
     dtype = torch.promote_types(h.dtype, lam.dtype)
     weight = _along(dim, lam.to(h.device, dtype, non_blocking=h.is_cuda), h)
     if transposed and not (permutation and lam.ndim == 0):
@@ -133,7 +135,8 @@ def _add_rows(sums: Tensor, rows: Tensor, targets: Tensor, dim: int) -> Tensor:
     return sums.index_add_(dim, targets, rows)  # on CPUs, index_put_ may take another order
 
 
-def row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
+def row_by_row(h: Tensor, lam: Tensor, partners: Tensor, dim: int, *, transposed: bool) -> Tensor:
+    """Compute ``interpolate`` for large states on the host, one sample at a time."""
     # With a number, half precision is mixed in float32. A tensor is handed over faster, which counts here.
     weight: Any = lam.item() if h.dtype.itemsize < lam.dtype.itemsize else lam.to(h)
     mixed = torch.empty_like(h)
@@ -171,7 +174,7 @@ def kernel_for(device: torch.device) -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     try:
-        kernel(torch.zeros(2, device=device), torch.tensor(0.5), torch.arange(2, device=device), 0, False)
+        kernel(torch.zeros(2, device=device), torch.tensor(0.5), torch.arange(2, device=device), 0, transposed=False)
     except Exception as error:
         warnings.warn(
             f"Triton fails here ({type(error).__name__}: {error}), so Manifold Mixup mixes by two operations of "

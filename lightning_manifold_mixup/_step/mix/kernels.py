@@ -11,7 +11,7 @@ from torch import Tensor
 _BLOCK = 2048
 
 
-def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, transposed: bool) -> Tensor:
+def interpolate(h: Tensor, lam: Tensor, partners: Tensor, dim: int, *, transposed: bool) -> Tensor:
     """See ``interpolation.interpolate``, whose arguments these are.
 
     Transposed, it is for permutations only: each row of the result is written by one program. Partners that are outside

@@ -19,13 +19,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
-from lightning_manifold_mixup._step.check.ghost import (
-    NoGhostError,
-    ghost_of,
-    isolated,
-    random_states,
-    same_random_states,
-)
+from lightning_manifold_mixup._step.check.ghost import NoGhostError, ghost_of, isolated
+from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
 from tests.exactness import CLASSES, data, network
 from tests.helpers import trainer
 

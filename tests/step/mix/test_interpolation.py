@@ -69,7 +69,7 @@ def test_agrees_with_the_formula(
 ) -> None:
     h = torch.randn(shape).to(dtype)
     for lam, partners, permutation in draws(shape[dim]):
-        mixed = interpolate(h, lam, partners, dim, transposed, permutation)
+        mixed = interpolate(h, lam, partners, dim, transposed=transposed, permutation=permutation)
         torch.testing.assert_close(mixed, formula(h, lam, partners, dim, transposed))
         assert mixed.dtype == dtype
 
@@ -158,7 +158,7 @@ def test_strides_are_kept(path: str, h: Tensor) -> None:
 def test_any_strides_are_read(path: str, h: Tensor) -> None:
     for lam, partners, permutation in draws(6):
         for transposed in (False, True):
-            mixed = interpolate(h, lam, partners, 0, transposed, permutation)
+            mixed = interpolate(h, lam, partners, 0, transposed=transposed, permutation=permutation)
             torch.testing.assert_close(mixed, formula(h, lam, partners, 0, transposed))
 
 
@@ -189,7 +189,7 @@ def test_compiled_without_graph_breaks() -> None:
     h = torch.randn(8, 5)
     for lam, partners, permutation in list(draws(8))[-3:]:
         for transposed in (False, True):
-            mixed = compiled(h, lam, partners, 0, transposed, permutation)
+            mixed = compiled(h, lam, partners, 0, transposed=transposed, permutation=permutation)
             torch.testing.assert_close(mixed, formula(h, lam, partners, 0, transposed))
 
 
@@ -223,14 +223,15 @@ for shape, dim in [((6, 4, 3), 0), ((3, 6, 7), 1), ((2, 3, 5), 2), ((4, 5000), 0
             for lam in (*map(torch.tensor, (0.0, 0.3, 0.5, 0.8, 1.0)), torch.rand(n), torch.rand(n).double()):
                 h, permutation = torch.randn(shape).to(dtype), torch.rand(()) < 0.5 or transposed
                 partners = torch.randperm(n) if permutation else torch.randint(n, (n,))
-                mixed = kernels.interpolate(h, lam, partners, dim, transposed)
-                expected = interpolation._plain(h, lam, partners, dim, transposed, permutation)
+                mixed = kernels.interpolate(h, lam, partners, dim, transposed=transposed)
+                how = {"transposed": transposed, "permutation": permutation}
+                expected = interpolation.by_operations(h, lam, partners, dim, **how)
                 # The interpreter truncates where a GPU rounds to nearest: one unit in the last place of the result, and
                 # of what is added up to it, which is larger where it cancels.
-                added = interpolation._plain(h.abs(), lam, partners, dim, transposed, permutation)
+                added = interpolation.by_operations(h.abs(), lam, partners, dim, **how)
                 assert ((mixed - expected).abs() <= 2 * torch.finfo(dtype).eps * added).all()
 
-mixed = kernels.interpolate(torch.ones(4, 3), torch.tensor(0.5), torch.tensor([1, 4, 0, -1]), 0, False)
+mixed = kernels.interpolate(torch.ones(4, 3), torch.tensor(0.5), torch.tensor([1, 4, 0, -1]), 0, transposed=False)
 assert mixed.isnan().all(1).tolist() == [False, True, False, True]
 """
 
@@ -313,7 +314,9 @@ class TestOnGPU:
         h = torch.randn(shape).to(dtype)
         for lam, partners, permutation in draws(shape[dim]):
             for on in ("cuda", "cpu"):  # where the draw is
-                mixed = interpolate(h.cuda(), lam.to(on), partners.to(on), dim, transposed, permutation)
+                mixed = interpolate(
+                    h.cuda(), lam.to(on), partners.to(on), dim, transposed=transposed, permutation=permutation
+                )
                 torch.testing.assert_close(mixed.cpu(), formula(h, lam, partners, dim, transposed))
 
     @pytest.mark.parametrize("shape", [(257, 4099), (5000,)])
