@@ -24,7 +24,7 @@ from lightning_manifold_mixup._step.call import Call, loss_of, with_loss
 from lightning_manifold_mixup._step.check.ghost import batch_of_ghosts, ghost_of
 from lightning_manifold_mixup._step.check.random_states import random_states, replayed
 from lightning_manifold_mixup._step.labels.criteria import plain_metrics
-from lightning_manifold_mixup._step.labels.targets import SAMPLES, MixingError, Reader, Superposition, plain
+from lightning_manifold_mixup._step.labels.targets import SAMPLES, MixingError, Superposition, SuperpositionError, plain
 from lightning_manifold_mixup._step.mix.draw_check import check_target
 from lightning_manifold_mixup._step.mix.hooks import MixingHook, TargetHook, hand_plain_inputs, remember_original
 from lightning_manifold_mixup._step.mix.switches import input_mixed, nothing
@@ -32,6 +32,7 @@ from lightning_manifold_mixup.layers import INPUT, named_layers
 
 if TYPE_CHECKING:
     from lightning_manifold_mixup._step.batch.keys import Places
+    from lightning_manifold_mixup._step.labels.reads import Answers
     from lightning_manifold_mixup.mixing import Mix
 
 How = Literal["superposed", "labels", "partners", "dominant", "other"]
@@ -182,7 +183,7 @@ class Step:
     ) -> None:
         self.module, self.site, self.mixes, self.hook = module, site, mixes, hook
         self.superposition, self.written = superposition, written
-        self.reader: Reader | None = None
+        self.reader: Answers | None = None
         self.hooks: list[MixingHook] = []  # of the module, or of the ghosts that are mixed in its place or beside it
 
     def once(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
@@ -290,7 +291,9 @@ class Step:
         if self.site.target_modules:  # they may be all that the loss compares with
             return
         if superposition is not None and superposition.holds_labels and not superposition.used:
-            raise self.unused_target(batch)
+            if self.reader is None or not self.reader.new:
+                raise self.unused_target(batch)
+            superposition.give_up(SuperpositionError("The loss is of labels that Python code or NumPy has read."))
 
     def check_halves(self) -> None:
         """Check, before a backward pass or an optimizer step of the user's own, that states are mixed if labels are.

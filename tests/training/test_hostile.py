@@ -1,14 +1,18 @@
 """Training steps that no rule for tensors can follow: exact all the same, or refused before any weight has changed."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError, mixed_loss
-from tests.exactness import CLASSES, Module, assert_exact, data, train
+from tests.exactness import CLASSES, Module, assert_exact, data, network, train
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0], dtype=torch.float64)
 
@@ -213,12 +217,32 @@ def hook_on_a_loss(z, y):
     return loss.mean()
 
 
+def hook_that_reads_labels(z, y):
+    if z.requires_grad:
+        z.register_hook(lambda g: g * (1 + (y == 1).to(g))[:, None])
+    return F.cross_entropy(z, y)
+
+
+def chunks_in_checkpoints(z, y):
+    """As for large vocabularies: the loss of a chunk is computed again in the backward pass."""
+    losses = [
+        checkpoint(lambda z, y: F.cross_entropy(z, y, reduction="sum"), *chunk, use_reentrant=False)
+        for chunk in zip(z.chunk(2), y.chunk(2), strict=True)
+    ]
+    return sum(losses) / len(y)
+
+
+def in_a_reentrant_checkpoint(z, y):
+    return checkpoint(F.cross_entropy, z, y, use_reentrant=True)
+
+
 TWICE = [
     counts, counts_of_integers, sums_of_classes, margin_in_a_loop, margin_times, one_hot_in_a_loop, row_of_a_table,
     confusion, scatter_into_a_view, view_taken_before, through_numpy, hungarian, branch_on_the_loss,
     branch_on_its_number, branch_on_its_item, larger_of_two, hinge_by_max, sorted_losses, while_loop,
     count_on_the_host, mask_as_a_list, scripted, vmapped, jacobian, one_label, copied_labels, custom_function,
     data_of_labels, smoothed_by_scatter, confident_only, close_labels, hook_on_a_loss,
+    hook_that_reads_labels, chunks_in_checkpoints, in_a_reentrant_checkpoint,
 ]  # fmt: skip
 
 
@@ -323,3 +347,42 @@ def test_random_numbers_where_labels_go(draws):
 
 def test_two_passes_on_request():
     assert_exact(ignored, expected_passes=1, passes=2)  # no warning: it was asked for
+
+
+class Recomputed(nn.Module):
+    """A layer in an activation checkpoint of the older kind, which ``torch.autograd.grad`` refuses."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_oracles_see_through_reentrant_checkpoints(automatic, caplog):
+    def layers():
+        first, *between, last = network()
+        return nn.Sequential(first, *map(Recomputed, between), last)
+
+    class Manual(Module):
+        automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if automatic:
+                return loss
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            return self.optimizers().step()
+
+    with caplog.at_level(logging.INFO):
+        fit(Manual(F.cross_entropy, layers()))
+        with pytest.raises(MixingError, match="permuted alike, the loss changes"):
+            fit(Manual(lambda z, y: F.cross_entropy(z, y.roll(1)), layers()))
+    assert "no verdict" not in caplog.text
+
+
+def fit(module):
+    train(module, DataLoader(TensorDataset(*data()), 8), ManifoldMixupCallback(layers=["model.1"], seed=0))

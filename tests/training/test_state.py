@@ -241,6 +241,11 @@ class GoesThroughNumpy(Changes):
         return loss * float(1 + np.mean(z.detach().argmax(1).numpy() == y.numpy()))
 
 
+class GoesThroughNumpyAlone(Changes):
+    def later(self, z, y, loss):
+        return F.cross_entropy(z, torch.from_numpy(y.numpy()))
+
+
 class Writes(Changes):
     def later(self, z, y, loss):
         table = torch.zeros(2, len(y), CLASSES, dtype=z.dtype)
@@ -250,7 +255,8 @@ class Writes(Changes):
 
 @LAYERS
 @pytest.mark.parametrize(
-    "kind", [Decides, DecidesInACriterion, ReadsTheHost, ReadsForTheLogFirst, GoesThroughNumpy, Writes]
+    "kind",
+    [Decides, DecidesInACriterion, ReadsTheHost, ReadsForTheLogFirst, GoesThroughNumpy, GoesThroughNumpyAlone, Writes],
 )
 def test_what_comes_up_later(kind, layer):
     """Exact from the batch on in which it comes up; the module has run each batch once, random numbers included."""

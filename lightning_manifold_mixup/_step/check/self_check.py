@@ -163,6 +163,8 @@ def pair(trials: Trials, site: Site, mixes: Mixes) -> tuple[Finding, set[Line]]:
         lines |= reads.lines
         if got.inspected:
             return Finding(Verdict.UNDECIDED, "the step asks for `.labels`, `.partners` or `.lam` itself"), lines
+        if got.late:  # its effect may not show in this batch
+            return Finding(Verdict.FAILED, "code that runs in the backward pass reads the labels"), lines
         finding = _compared(got, wanted, labels, partners)
         if finding.verdict is Verdict.FAILED and answers == (0,):
             again = trials.run(site, states=mixes, labels=mixes, how="labels")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +48,7 @@ class Outcome:
         random: the states of the random generators at the end.
         used: whether the loss has used the labels in superposition.
         inspected: whether the step knows of the superposition, and has asked for one of the labellings.
+        late: whether labels were read in the backward pass, by a hook or in an activation checkpoint.
         beside: the gradient by one more parameter, where it was asked for.
     """
 
@@ -57,6 +58,7 @@ class Outcome:
     random: Any
     used: bool = True
     inspected: bool = False
+    late: bool = False
     beside: Tensor | None = None
     own: float = 0.0
 
@@ -161,12 +163,15 @@ class Trials:
             output = self.call.of(ghost.training_step, batch)
             states_after = random_states(self.module.parameters())
             drawn = self.train and not same_random_states(states_before, states_after)
-            if ghost.automatic_optimization and (loss := loss_of(output)) is not None:
-                heads.note_loss(plain(loss), beside)
+            loss = plain(loss_of(output)) if ghost.automatic_optimization else None
+            if superposition is not None:  # as in training: what runs in the backward pass sees plain labels
+                superposition.open = False
+            if loss is not None:
+                heads.note_loss(loss, beside)
             used = superposition is None or superposition.used or not superposition.holds_labels
             outcome = heads.outcome(states_after, used=used)
-            if superposition is not None and superposition.inspected:
-                outcome = replace(outcome, inspected=True)
+            if superposition is not None:
+                outcome = replace(outcome, inspected=superposition.inspected, late=superposition.read_late)
         seen = self.seen
         seen.random |= drawn
         seen.written |= writes.found
@@ -214,7 +219,7 @@ class _Heads:
         parameters = [p for m in modules for p in m.parameters(recurse=m is self._ghost) if p.requires_grad]
         if loss.requires_grad:
             wanted = [*parameters, *([] if beside is None else [beside])]
-            found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True, retain_graph=True) if wanted else ()
+            found = self._gradients_of(loss.sum(), wanted) if wanted else ()
             self._beside = found[-1] if beside is not None else None
             some = [
                 g.detach().flatten()[:: g.numel() // _ELEMENTS | 1] for g in found[: len(parameters)] if g is not None
@@ -225,6 +230,23 @@ class _Heads:
             self._dtypes.add(torch.get_autocast_dtype(loss.device.type))
         self._own = max(self._own, torch.finfo(loss.dtype).eps)
         self._losses.append(float64(loss.detach()).sum())
+
+    def _gradients_of(self, loss: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        # A reentrant activation checkpoint takes part in a whole backward pass alone.
+        before = [(parameter, parameter.grad) for parameter in self._ghost.parameters()]
+        for parameter, _ in before:
+            parameter.grad = None
+        try:
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            return [tensor.grad for tensor in wanted]
+        finally:
+            for parameter, gradient in before:
+                parameter.grad = gradient
 
     def outcome(self, random: Any, *, used: bool) -> Outcome:
         """Return what the run gave."""

@@ -33,8 +33,11 @@ Rule = Callable[[str, Function, Any, Any, Superposition], Any]
 def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute ``func`` for both labellings. Called with the dispatch of tensor subclasses switched off."""
     name = _name(func)
-    sources = [t for t in tensors((args, kwargs)) if isinstance(t, Superposed) and t.superposition.open]
-    if not sources:  # the training step is over
+    found = [t for t in tensors((args, kwargs)) if isinstance(t, Superposed)]
+    sources = [t for t in found if t.superposition.open]
+    if not sources:  # the loss has been taken
+        for tensor in found:
+            tensor.superposition.read_late = True
         return func(*_under(args, shown_value), **_under(kwargs, shown_value))
     superposition = sources[0].superposition
     summed = [source for source in sources if source.superposition.summed]

@@ -59,9 +59,10 @@ class Superposition:
         forgiving: whether the step goes on with the dominant labels alone where superposition cannot go on.
         failure: why it did so.
         summed: whether it is of losses whose samples have a lam each, and were summed up by it.
+        read_late: whether code has read it when it was not open any more, but not yet closed: in the backward pass.
     """
 
-    used = holds_labels = inspected = forgiving = summed = False
+    used = holds_labels = inspected = forgiving = summed = read_late = False
     open = True
     reader: Reader | None = None
     failure: SuperpositionError | None = None

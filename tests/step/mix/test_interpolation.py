@@ -288,7 +288,7 @@ def test_without_triton_the_plain_operations_are_taken(monkeypatch: pytest.Monke
 def test_a_triton_that_does_not_work_is_said_once_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton raises in a container without a C compiler."""
 
-    def broken(*args: object) -> Tensor:
+    def broken(*args: object, **how: object) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setitem(
