@@ -228,7 +228,8 @@ class Superposed(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if not hasattr(self, "first"):
             return super().__repr__()  # type: ignore[no-untyped-call,no-any-return]
-        return f"{type(self).__name__}(labels={self.labels!r}, partners={self.partners!r}, lam={self.lam!r})"
+        labels, partners = self.superposition.ordered(self.first, self.second)  # to print them is not to use them
+        return f"{type(self).__name__}(labels={labels!r}, partners={partners!r}, lam={self.lam!r})"
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
