@@ -159,9 +159,11 @@ def why_no_labels(batch: Any, key: Key, value: Any) -> str:
         )
     first = parts[0] if parts else None
     if isinstance(first, (bool, int, float, str)) or hasattr(value, "__array__"):
-        kind = type(value).__name__ if first is None else f"list of {len(value)} {type(first).__name__}"
         advice = "numbers for them" if isinstance(first, str) else "`torch.tensor(labels)` of them"
-        return f"Expected targets in a tensor, got a {kind} at {key!r}. Make {advice} in the collate function.{shown}"
+        return (
+            f"Expected targets in a tensor, got a {batches.kind_of(value)} at {key!r}. Make {advice} in the collate "
+            f"function.{shown}"
+        )
     return (
         f"Expected targets in tensors with one entry for each sample at {key!r}, got {batches.kind_of(value)} without "
         f"such a tensor. Set `target_key` to the index or name of the target, or to a list of them.{shown}"

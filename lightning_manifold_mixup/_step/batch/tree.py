@@ -224,8 +224,9 @@ def describe(batch: Any, indent: str = "  ") -> str:
 
     Example:
         >>> import torch
-        >>> print(describe({"image": torch.zeros(2, 3), "meta": ["a", 1]}))
+        >>> print(describe({"image": torch.zeros(2, 3), "names": ["a", "b"], "meta": ["a", 1]}))
           'image': float32 tensor (2, 3)
+          'names': list of 2 str
           'meta': list of 2
             0: str
             1: int
@@ -234,7 +235,7 @@ def describe(batch: Any, indent: str = "  ") -> str:
     for key in list(children(batch))[:20]:
         part = item(batch, key)
         lines.append(f"{indent}{key!r}: {kind_of(part)}")
-        if children(part) and len(indent) < 2 * _DEPTH:
+        if children(part) and not _alike(part) and len(indent) < 2 * _DEPTH:
             lines.append(describe(part, indent + "  "))
     return "\n".join(lines) or f"{indent}{kind_of(batch)}"
 
@@ -244,7 +245,13 @@ def kind_of(part: Any) -> str:
     if isinstance(part, Tensor):
         return f"{str(part.dtype).removeprefix('torch.')} tensor {tuple(part.shape)}"
     size = f" of {len(part)}" if isinstance(part, (Sequence, Mapping)) and not isinstance(part, (str, bytes)) else ""
-    return type(part).__name__ + size
+    return type(part).__name__ + size + (f" {_alike(part)}" if _alike(part) else "")
+
+
+def _alike(part: Any) -> str:
+    """Name the type of the texts or numbers in a list of nothing else; empty for anything else."""
+    kinds = {type(value) for value in part} if isinstance(part, (list, tuple)) else set()
+    return kinds.pop().__name__ if len(kinds) == 1 and kinds <= {str, bool, int, float} else ""
 
 
 def _walk(node: Any, path: tuple[Any, ...], around: tuple[int, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
