@@ -10,8 +10,9 @@
 - ``labels/``: labels in superposition (``targets.py``, ``mixed_target.py``, ``operations.py``, ``pairs.py``), and code
   that is handed them (``mixed_loss.py``, ``criteria.py``, ``reads.py``).
 - ``check/``, the self-check: when (``proof.py``), what (``self_check.py``, ``trials.py``, ``padding.py``,
-  ``diagnosis.py``), on what (``ghost.py``, ``rebinding.py``, ``writes.py``, ``modes.py``), what the first batch shows
-  (``first_batch.py``, ``usage.py``, ``recording.py``), and torch.compile (``compiled.py``, ``compiled_check.py``).
+  ``diagnosis.py``), on what (``ghost.py``, ``random_states.py``, ``rebinding.py``, ``writes.py``, ``modes.py``), what
+  the first batch shows (``first_batch.py``, ``usage.py``, ``recording.py``), and torch.compile (``compiled.py``,
+  ``compiled_check.py``).
 
 The words of this package:
 
