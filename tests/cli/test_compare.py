@@ -292,7 +292,8 @@ def test_calibration_and_regression_in_the_table(tmp_path, capsys) -> None:
         metrics = result["metrics"]["last epoch"]
         assert float(row["NLL, scaled"]) == pytest.approx(metrics["test_calibration/data_scaled_nll"])
         assert float(row["ECE %, scaled"]) == pytest.approx(100 * metrics["test_calibration/data_scaled_ece"])
-        assert float(row["AUROC %, noise"]) == pytest.approx(100 * metrics["test_calibration/noise_auroc"])
+        for name, key in (("noise", "noise"), ("other data", "other_data")):
+            assert float(row[f"AUROC %, {name}"]) == pytest.approx(100 * metrics[f"test_calibration/{key}_auroc"])
     assert "interpolation" not in capsys.readouterr().out
     main(["compare", "--config=diabetes", "--seeds=0,1", f"--out={tmp_path / 'b'}", "--trainer.max_epochs=1"])
     rows = rows_of(file_of(tmp_path / "b", "csv"))
