@@ -1,9 +1,11 @@
 """What a command line asks for, found before its parser is built: which classes, and what the data tells the model.
 
 The data module knows ``num_classes`` and the like; links of jsonargparse hand them to the model. These links must be
-made before anything is parsed. They fail if the model's class, or the function that makes the network, lacks the
-argument, and they override what the user has set. So this module reads the command line first, and only links that fit
-are made.
+made before anything is parsed, so this module reads the command line first, and only links that fit are made. Links
+that are always declared were tried, with jsonargparse 4.53: a class without the argument is refused ("Expected key
+model.init_args.num_classes to be in data", for Lightning's BoringModel); what the user has set is overwritten in
+silence (``num_classes=12`` becomes 10), and a link's function cannot tell it from a default; and a saved configuration
+lacks it.
 """
 
 from __future__ import annotations
