@@ -22,7 +22,7 @@ from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.cli.checkpoints import NAMES, Checkpoints, new_folder, newest
 from lightning_manifold_mixup.cli.methods import label_of, method_of
 from lightning_manifold_mixup.cli.misspelt import shortened
-from lightning_manifold_mixup.cli.request import asked_for, class_of, links, options_of, value
+from lightning_manifold_mixup.cli.request import asked_for, class_of, handed_on, links, options_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
 from lightning_manifold_mixup.evaluation import EvaluationCallback, print_table
 from lightning_manifold_mixup.paper import data, recipes, tasks
@@ -70,9 +70,13 @@ class Parser(LightningArgumentParser):
         command = getattr(parser, "prog", PROGRAM).replace(" [options]", "")
         self.exit(2, f"{PROGRAM}: error: {shortened(message, parser)}\n`{command} --help` lists the options.\n")
 
-    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> Any:
+    def add_function_arguments(self, function: Any, *args: Any, linked_targets: Any = None, **kwargs: Any) -> list[str]:
         """Take what jsonargparse hands to this method where a function makes an object, and refuses to take itself."""
-        return super().add_function_arguments(*args, **kwargs)
+        added: list[str] = super().add_function_arguments(function, *args, **kwargs)
+        for name in handed_on(function):
+            self.add_argument(f"--{name}", type=int | None, default=None)
+            added.append(name)
+        return added
 
 
 class ManifoldMixupCLI(LightningCLI):

@@ -364,6 +364,38 @@ def test_a_network_by_its_path_alone_is_told_the_number_of_classes(path, tmp_pat
     assert made("--config=digits", "--config=network.yaml").model.model.fc.out_features == 10
 
 
+def test_timm_is_told_the_number_of_classes(tmp_path) -> None:
+    """``create_model`` hands ``num_classes`` on where no parser sees it."""
+    assert made(f"--data={__name__}.Data", *TIMM).model.model.num_classes == 7
+    cli = made(f"--data={__name__}.Data", *TIMM, "--model.model.num_classes=5")  # what the user says counts
+    assert cli.model.model.fc.out_features == 5
+    (tmp_path / "again.yaml").write_text(cli.parser.dump(cli.config))
+    assert made("--config=again.yaml").model.model.fc.out_features == 5
+    by_hand = "{class_path: timm.create_model, init_args: {model_name: resnet18}, dict_kwargs: {X}}"
+    for kwargs, expected in (("num_classes: 6", (6, 3)), ("in_chans: 1", (7, 1))):
+        (tmp_path / "network.yaml").write_text(f"model: {{init_args: {{model: {by_hand.replace('X', kwargs)}}}}}")
+        network = made(f"--data={__name__}.Data", "--config=network.yaml").model.model
+        assert (network.fc.out_features, network.conv1.in_channels) == expected
+
+
+RESNET = "torchvision.models.resnet18"
+TIMM = ["--model.model=timm.create_model", "--model.model.model_name=resnet18"]
+
+
+@pytest.mark.parametrize("name", ["model.model", "model.init_args.model.init_args", "model.model.init_args"])
+def test_what_the_user_says_about_the_network_counts(name) -> None:
+    network = [f"--model.model={RESNET}", f"--data={__name__}.Data"]
+    assert made(*network, f"--{name}.num_classes=5").model.model.fc.out_features == 5
+    assert made(*network, f"--{name}.zero_init_residual=true").model.model.fc.out_features == 7
+
+
+@pytest.mark.parametrize("network", [[f"--model.model={RESNET}"], TIMM], ids=["torchvision", "timm"])
+def test_a_network_keeps_its_own_number_of_classes_where_the_data_have_none(network) -> None:
+    regression = "--model=lightning_manifold_mixup.paper.tasks.RegressionModule"
+    cli = made(regression, *network, f"--data={__name__}.BoringDataModule")
+    assert cli.model.model.fc.out_features == 1000
+
+
 def test_what_neither_data_nor_user_say_is_asked_for(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--model={__name__}.Wanting", f"--data={__name__}.BoringDataModule", "--trainer.logger=false"])
