@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,12 +19,13 @@ from typing_extensions import override
 
 from lightning_manifold_mixup import ManifoldMixupModule, SemiSupervisedManifoldMixupModule
 from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup._tables import number, print_table
 from lightning_manifold_mixup.cli.checkpoints import NAMES, Checkpoints, new_folder, newest
 from lightning_manifold_mixup.cli.methods import label_of, method_of
 from lightning_manifold_mixup.cli.misspelt import shortened
 from lightning_manifold_mixup.cli.request import asked_for, class_of, handed_on, links, options_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
-from lightning_manifold_mixup.evaluation import EvaluationCallback, print_table
+from lightning_manifold_mixup.evaluation import EvaluationCallback
 from lightning_manifold_mixup.paper import data, recipes, tasks
 from lightning_manifold_mixup.paper.quiet import IN_MEMORY
 
@@ -43,7 +44,12 @@ _BY_NAME = (ManifoldMixupModule, SemiSupervisedManifoldMixupModule, data, tasks)
 
 def loggers(folder: Path) -> list[Logger]:
     """Make a logger to CSV files, and one to TensorBoard if it is installed, both in the folder of one run."""
-    where: dict[str, Any] = {"save_dir": folder.parents[1], "name": folder.parent.name, "version": folder.name}
+    # As a version, the name of the folder would stand in the progress bar, cut to four letters: "on_0".
+    where: dict[str, Any] = {
+        "save_dir": folder.parents[1],
+        "name": f"{folder.parent.name}/{folder.name}",
+        "version": "",
+    }
     made: list[Logger] = [CSVLogger(**where)]
     return [*made, TensorBoardLogger(**where)] if find_spec("tensorboard") else made
 
@@ -247,16 +253,18 @@ def _say(text: str) -> None:
 @rank_zero_only
 def print_results(metrics: dict[str, float]) -> None:
     """Print test metrics as a table: error, NLL and calibration error first, then those of a teacher, then the rest."""
-    known = {
-        "test/error": ("test error", "{:.2%}"),
-        "test/top5_error": ("test error, top 5", "{:.2%}"),
-        "test/nll": ("negative log likelihood (nats)", "{:.4f}"),
-        "test/ece": ("expected calibration error", "{:.2%}"),
+    known: dict[str, tuple[str, Callable[[float], str]]] = {
+        "test/error": ("test error", _percent),
+        "test/top5_error": ("test error, top 5", _percent),
+        "test/nll": ("negative log likelihood (nats)", number),
+        "test/ece": ("expected calibration error", _percent),
     }
-    known |= {key.replace("/", "/teacher_"): (f"{label}, of the teacher", form) for key, (label, form) in known.items()}
-    texts = {
-        label: form.format(metrics[key]).replace("%", " %") for key, (label, form) in known.items() if key in metrics
-    }
-    texts |= {key: f"{x:.4f}" for key, x in metrics.items() if key.startswith("test") and key not in known}
+    known |= {key.replace("/", "/teacher_"): (f"{label}, of the teacher", text) for key, (label, text) in known.items()}
+    texts = {label: text(metrics[key]) for key, (label, text) in known.items() if key in metrics}
+    texts |= {key: number(x) for key, x in metrics.items() if key.startswith("test") and key not in known}
     if texts:
         print_table([{"after the last epoch": label, "test set": text} for label, text in texts.items()])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

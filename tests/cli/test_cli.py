@@ -48,6 +48,7 @@ def test_fit_without_config_trains_tests_and_prints_one_table(tmp_path) -> None:
     assert "warn" not in output.lower(), output
     assert "Consider" not in output
     assert "Tip" not in output
+    assert "v_num" not in output  # in the bar, the folder's name cut to four letters
     metrics = list(
         csv.DictReader(
             (tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/metrics.csv").read_text().splitlines()
@@ -422,10 +423,16 @@ def test_any_module_and_any_data(capsys) -> None:
 
 
 def test_the_table_has_student_teacher_and_the_rest(capsys) -> None:
-    print_results({"test/kappa": 0.5, "test/teacher_error": 0.0123, "test/error": 0.25, "train/loss": 1.0})
+    early = {"test/nll": 10359.1234, "test/kappa": 0.5, "test/teacher_error": 0.0123, "test/error": 0.25}
+    print_results({**early, "train/loss": 1.0})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     cells = [tuple(cell.strip() for cell in line.strip("│").split("│")) for line in lines]
-    assert cells == [("test error", "25.00 %"), ("test error, of the teacher", "1.23 %"), ("test/kappa", "0.5000")]
+    assert cells == [
+        ("test error", "25.00 %"),
+        ("negative log likelihood (nats)", "1.04e+04"),
+        ("test error, of the teacher", "1.23 %"),
+        ("test/kappa", "0.5000"),
+    ]
 
 
 def test_layers_of_a_recipe_and_of_any_network(capsys) -> None:
