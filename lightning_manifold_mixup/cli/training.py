@@ -35,7 +35,7 @@ for _module in ("jsonargparse", "rich"):  # Lightning's own error does not name 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 
-__all__ = ["ManifoldMixupCLI", "Parser", "Prepared", "print_results"]
+__all__ = ["ManifoldMixupCLI", "Parser", "Prepared", "missing_for_test", "print_results"]
 
 DEFAULT_MODEL = "lightning_manifold_mixup.ManifoldMixupModule"
 # A class that has been imported may be asked for by its name alone.
@@ -52,6 +52,24 @@ def loggers(folder: Path) -> list[Logger]:
     }
     made: list[Logger] = [CSVLogger(**where)]
     return [*made, TensorBoardLogger(**where)] if find_spec("tensorboard") else made
+
+
+def missing_for_test(model: LightningModule, data: LightningDataModule | None) -> str:
+    """Say what a test needs and does not have; nothing if all is there. Ask after the data are set up.
+
+    Args:
+        model: with a ``test_step``.
+        data: with a test loader; without a data module the model has it.
+
+    Example:
+        >>> missing_for_test(LightningModule(), None)
+        'LightningModule has no `test_step`'
+    """
+    source = model if data is None else data
+    for name, owner, what in (("test_step", model, "`test_step`"), ("test_dataloader", source, "test set")):
+        if not is_overridden(name, owner):
+            return f"{type(owner).__name__} has no {what}"
+    return ""
 
 
 class RecipeAction(ActionConfigFile):
@@ -131,7 +149,8 @@ class ManifoldMixupCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        # With abbreviations, `--conf` would lay a recipe over the default one, which is only left out for `--config`.
+        parser = self.parser_class(allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action=RecipeAction, help="A YAML file, or the name of a recipe.")
         return parser
 
@@ -212,10 +231,8 @@ class ManifoldMixupCLI(LightningCLI):
                 _say(str(callback))
 
     def _test(self) -> None:
-        if not is_overridden("test_step", self.model, LightningModule) or not is_overridden(
-            "test_dataloader", self.datamodule, LightningDataModule
-        ):
-            _say("There is no test set (or no `test_step`), so the network was not tested.")
+        if missing := missing_for_test(self.model, self.datamodule):
+            _say(f"{missing}, so the network was not tested.")
             return
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]

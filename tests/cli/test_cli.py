@@ -167,6 +167,8 @@ def test_help_lists_every_command(capsys) -> None:
             "There is no class 'no.where.Data'",
         ),
         (["fit", "--trainer.nope=3"], "There is no option --trainer.nope"),
+        (["fit", "--conf=digits"], "no option --conf; did you mean config?"),  # abbreviations are not taken
+        (["fit", "--trainer.max_epoch=3"], "--trainer.max_epoch; did you mean trainer.max_epochs?"),
         (["fit", "--trainer.max_epok=3"], "--trainer.max_epok; did you mean trainer.max_epochs?"),
         (["fit", "--trainer.max_epochs=three"], "trainer.max_epochs"),
         (["fit", "--model.init_args.alhpa=3"], "no option alhpa of ManifoldMixupModule; did you mean alpha?"),

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+import yaml
+from lightning.pytorch import Callback, LightningModule
 
+from lightning_manifold_mixup import ManifoldMixupModule
 from lightning_manifold_mixup.cli import compare, main, methods, runs
 from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
+from lightning_manifold_mixup.paper.data import DigitsDataModule
 
 TINY = [
     "--trainer.max_epochs=1",
@@ -243,6 +246,29 @@ class Arguments(dict):
     """What a parsed configuration is to `set_method`: names and items are the same."""
 
     __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
+class NoTestStep(ManifoldMixupModule):
+    test_step = LightningModule.test_step
+
+
+class NoTestSet(DigitsDataModule):
+    def make_dataset(self, split):
+        return None if split == "test" else super().make_dataset(split)
+
+
+@pytest.mark.parametrize("wrong", [NoTestStep, NoTestSet])
+def test_what_cannot_be_tested_is_not_trained(wrong, monkeypatch, capsys) -> None:
+    key, what = ("model", "`test_step`") if wrong is NoTestStep else ("data", "test set")
+    trained = []
+    monkeypatch.setattr(wrong if key == "model" else ManifoldMixupModule, "training_step", lambda *_: trained.append(1))
+    Path("own.yaml").write_text(yaml.safe_dump({key: {"class_path": f"{__name__}.{wrong.__name__}"}}))
+    network = ["--model.init_args.model=lightning_manifold_mixup.paper.models.PreActResNet"] * (key == "model")
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--config=digits+own.yaml", "--seeds=0", *network, "--trainer.max_epochs=1"])
+    assert stop.value.code == 2
+    assert f"{wrong.__name__} has no {what}." in capsys.readouterr().err
+    assert not trained
 
 
 def test_the_clean_loss_is_added_to_a_callback_of_the_recipe() -> None:
