@@ -12,7 +12,7 @@ from lightning_manifold_mixup._step.extras import require
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Row", "console", "print_table"]
+__all__ = ["Row", "console", "number", "print_table"]
 
 Row = dict[str, Any]
 """One line of a table. Texts say what was measured, numbers are the results, None is a result that does not apply."""
@@ -29,7 +29,8 @@ def console() -> Console:
 def print_table(rows: Sequence[Row], title: str | None = None, section: Callable[[Row], object] | None = None) -> None:
     """Print rows of results to the terminal.
 
-    Floats have four decimals. Columns of numbers, also of texts that begin with a number, are aligned to the right.
+    Floats are written as ``number`` writes them. Columns of numbers, also of texts that begin with a number, are
+    aligned to the right.
 
     Args:
         rows: the lines of the table; all have the columns of the first.
@@ -63,5 +64,19 @@ def print_table(rows: Sequence[Row], title: str | None = None, section: Callable
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return number(value)
     return "" if value is None else str(value)
+
+
+def number(value: float, decimals: int = 4) -> str:
+    """Write a number with as many decimals, from 10,000 on with three digits.
+
+    Args:
+        value: any float, also infinite or NaN.
+        decimals: of smaller numbers.
+
+    Example:
+        >>> number(0.25), number(9999.5, 1), number(10359.1234), number(float("nan"))
+        ('0.2500', '9999.5', '1.04e+04', 'nan')
+    """
+    return f"{value:.3g}" if 1e4 <= abs(value) < float("inf") else f"{value:.{decimals}f}"

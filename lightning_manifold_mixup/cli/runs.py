@@ -23,7 +23,8 @@ from typing_extensions import override
 
 from lightning_manifold_mixup.cli.checkpoints import JUDGED_BY
 from lightning_manifold_mixup.cli.methods import CLEAN, LABELS, label_of, set_method
-from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.cli.terminal import UsageError
+from lightning_manifold_mixup.cli.training import Prepared, missing_for_test
 from lightning_manifold_mixup.paper import recipes
 
 __all__ = ["BEST", "LAST", "History", "Result", "Run", "train", "version", "write"]
@@ -119,7 +120,7 @@ def train(cli: Prepared, folder: Path) -> Result:
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     trainer.logger = CSVLogger(folder, name="log", version="", flush_logs_every_n_steps=1000)
     history = History()
-    trainer.callbacks.append(history)  # type: ignore[attr-defined]
+    trainer.callbacks += [Testable(), history]  # type: ignore[attr-defined]
     write(folder / "config.yaml", cli.parser.dump(cli.config))
 
     begun = time.perf_counter()
@@ -139,6 +140,19 @@ def train(cli: Prepared, folder: Path) -> Result:
         "seconds_in_all": time.perf_counter() - started,
         "torch": torch.__version__,
     }
+
+
+class Testable(Callback):
+    """Refuses to train what cannot be tested after it.
+
+    Raises:
+        UsageError: when training begins, without a test set or a ``test_step``.
+    """
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if missing := missing_for_test(pl_module, trainer.datamodule):  # type: ignore[attr-defined]
+            raise UsageError(f"Expected a test set and a `test_step`, whose results are compared: {missing}.")
 
 
 class History(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,12 +19,13 @@ from typing_extensions import override
 
 from lightning_manifold_mixup import ManifoldMixupModule, SemiSupervisedManifoldMixupModule
 from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup._tables import number, print_table
 from lightning_manifold_mixup.cli.checkpoints import NAMES, Checkpoints, new_folder, newest
 from lightning_manifold_mixup.cli.methods import label_of, method_of
 from lightning_manifold_mixup.cli.misspelt import shortened
-from lightning_manifold_mixup.cli.request import asked_for, class_of, links, options_of, value
+from lightning_manifold_mixup.cli.request import asked_for, class_of, handed_on, links, options_of, value
 from lightning_manifold_mixup.cli.terminal import PROGRAM, RUNS, UsageError
-from lightning_manifold_mixup.evaluation import EvaluationCallback, print_table
+from lightning_manifold_mixup.evaluation import EvaluationCallback
 from lightning_manifold_mixup.paper import data, recipes, tasks
 from lightning_manifold_mixup.paper.quiet import IN_MEMORY
 
@@ -34,7 +35,7 @@ for _module in ("jsonargparse", "rich"):  # Lightning's own error does not name 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 
-__all__ = ["ManifoldMixupCLI", "Parser", "Prepared", "print_results"]
+__all__ = ["ManifoldMixupCLI", "Parser", "Prepared", "missing_for_test", "print_results"]
 
 DEFAULT_MODEL = "lightning_manifold_mixup.ManifoldMixupModule"
 # A class that has been imported may be asked for by its name alone.
@@ -43,9 +44,32 @@ _BY_NAME = (ManifoldMixupModule, SemiSupervisedManifoldMixupModule, data, tasks)
 
 def loggers(folder: Path) -> list[Logger]:
     """Make a logger to CSV files, and one to TensorBoard if it is installed, both in the folder of one run."""
-    where: dict[str, Any] = {"save_dir": folder.parents[1], "name": folder.parent.name, "version": folder.name}
+    # As a version, the name of the folder would stand in the progress bar, cut to four letters: "on_0".
+    where: dict[str, Any] = {
+        "save_dir": folder.parents[1],
+        "name": f"{folder.parent.name}/{folder.name}",
+        "version": "",
+    }
     made: list[Logger] = [CSVLogger(**where)]
     return [*made, TensorBoardLogger(**where)] if find_spec("tensorboard") else made
+
+
+def missing_for_test(model: LightningModule, data: LightningDataModule | None) -> str:
+    """Say what a test needs and does not have; nothing if all is there. Ask after the data are set up.
+
+    Args:
+        model: with a ``test_step``.
+        data: with a test loader; without a data module the model has it.
+
+    Example:
+        >>> missing_for_test(LightningModule(), None)
+        'LightningModule has no `test_step`'
+    """
+    source = model if data is None else data
+    for name, owner, what in (("test_step", model, "`test_step`"), ("test_dataloader", source, "test set")):
+        if not is_overridden(name, owner):
+            return f"{type(owner).__name__} has no {what}"
+    return ""
 
 
 class RecipeAction(ActionConfigFile):
@@ -70,9 +94,13 @@ class Parser(LightningArgumentParser):
         command = getattr(parser, "prog", PROGRAM).replace(" [options]", "")
         self.exit(2, f"{PROGRAM}: error: {shortened(message, parser)}\n`{command} --help` lists the options.\n")
 
-    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> Any:
+    def add_function_arguments(self, function: Any, *args: Any, linked_targets: Any = None, **kwargs: Any) -> list[str]:
         """Take what jsonargparse hands to this method where a function makes an object, and refuses to take itself."""
-        return super().add_function_arguments(*args, **kwargs)
+        added: list[str] = super().add_function_arguments(function, *args, **kwargs)
+        for name in handed_on(function):
+            self.add_argument(f"--{name}", type=int | None, default=None)
+            added.append(name)
+        return added
 
 
 class ManifoldMixupCLI(LightningCLI):
@@ -121,7 +149,8 @@ class ManifoldMixupCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        # With abbreviations, `--conf` would lay a recipe over the default one, which is only left out for `--config`.
+        parser = self.parser_class(allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action=RecipeAction, help="A YAML file, or the name of a recipe.")
         return parser
 
@@ -202,10 +231,8 @@ class ManifoldMixupCLI(LightningCLI):
                 _say(str(callback))
 
     def _test(self) -> None:
-        if not is_overridden("test_step", self.model, LightningModule) or not is_overridden(
-            "test_dataloader", self.datamodule, LightningDataModule
-        ):
-            _say("There is no test set (or no `test_step`), so the network was not tested.")
+        if missing := missing_for_test(self.model, self.datamodule):
+            _say(f"{missing}, so the network was not tested.")
             return
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -243,16 +270,18 @@ def _say(text: str) -> None:
 @rank_zero_only
 def print_results(metrics: dict[str, float]) -> None:
     """Print test metrics as a table: error, NLL and calibration error first, then those of a teacher, then the rest."""
-    known = {
-        "test/error": ("test error", "{:.2%}"),
-        "test/top5_error": ("test error, top 5", "{:.2%}"),
-        "test/nll": ("negative log likelihood (nats)", "{:.4f}"),
-        "test/ece": ("expected calibration error", "{:.2%}"),
+    known: dict[str, tuple[str, Callable[[float], str]]] = {
+        "test/error": ("test error", _percent),
+        "test/top5_error": ("test error, top 5", _percent),
+        "test/nll": ("negative log likelihood (nats)", number),
+        "test/ece": ("expected calibration error", _percent),
     }
-    known |= {key.replace("/", "/teacher_"): (f"{label}, of the teacher", form) for key, (label, form) in known.items()}
-    texts = {
-        label: form.format(metrics[key]).replace("%", " %") for key, (label, form) in known.items() if key in metrics
-    }
-    texts |= {key: f"{x:.4f}" for key, x in metrics.items() if key.startswith("test") and key not in known}
+    known |= {key.replace("/", "/teacher_"): (f"{label}, of the teacher", text) for key, (label, text) in known.items()}
+    texts = {label: text(metrics[key]) for key, (label, text) in known.items() if key in metrics}
+    texts |= {key: number(x) for key, x in metrics.items() if key.startswith("test") and key not in known}
     if texts:
         print_table([{"after the last epoch": label, "test set": text} for label, text in texts.items()])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -19,9 +19,9 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, EvaluationOptions, Row, axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,7 +194,7 @@ class AttackCallback(EvaluationCallback):
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         pgd_steps: int = 10,
-        **kwargs: Any,
+        **kwargs: Unpack[EvaluationOptions],
     ) -> None:
         super().__init__(**kwargs)
         self.epsilons = [float(Fraction(epsilon)) for epsilon in epsilons]

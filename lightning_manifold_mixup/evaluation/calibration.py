@@ -19,12 +19,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.devices import float64_device
 from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup.evaluation.confidence import ConfidenceBins, confidence, noise_like
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, EvaluationOptions, Row, axes
 from lightning_manifold_mixup.evaluation.temperature import brier_score, fit_temperature
 from lightning_manifold_mixup.mixing import Mix
 
@@ -82,7 +82,7 @@ class CalibrationCallback(EvaluationCallback):
         num_bins: int = 15,
         held_out: Batches | None = None,
         other_data: Batches | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EvaluationOptions],
     ) -> None:
         super().__init__(**kwargs)
         if not all(0 <= lam <= 1 for lam in lams):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, EvaluationOptions, Row, axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ class DeformationCallback(EvaluationCallback):
 
     family = "deformations"
 
-    def __init__(self, fill: float | Sequence[float] = 0.0, **kwargs: Any) -> None:
+    def __init__(self, fill: float | Sequence[float] = 0.0, **kwargs: Unpack[EvaluationOptions]) -> None:
         super().__init__(**kwargs)
         self.fill = fill
 

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
-from typing_extensions import override
+from typing_extensions import TypedDict, override
 
 from lightning_manifold_mixup._step.batch.keys import Keys
 from lightning_manifold_mixup._step.extras import require
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["EvaluationCallback", "Row", "scalars", "write_report"]
+__all__ = ["EvaluationCallback", "EvaluationOptions", "Row", "scalars", "write_report"]
 
 
 def write_report(rows: list[Row], path: str | Path, figure: Figure | None = None, **details: Any) -> list[Path]:
@@ -101,6 +101,16 @@ def axes(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]
     """Make a figure (inches) with axes side by side, without pyplot: it opens no window and needs no closing."""
     figure: Figure = require("matplotlib.figure", "cli").Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """What ``EvaluationCallback`` takes, for the signatures of its subclasses; it says what each is."""
+
+    seed: int
+    dirname: str | None
+    input_key: int | str | None
+    target_key: int | str | None
+    verbose: bool
 
 
 class EvaluationCallback(Callback, ABC):

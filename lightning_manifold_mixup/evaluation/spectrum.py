@@ -15,11 +15,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.devices import float64_device
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.evaluation.report import EvaluationCallback, Row, axes
+from lightning_manifold_mixup.evaluation.report import EvaluationCallback, EvaluationOptions, Row, axes
 from lightning_manifold_mixup.layers.names import INPUT, named_layers, resolve_layers
 
 if TYPE_CHECKING:
@@ -279,7 +279,9 @@ class RepresentationCallback(EvaluationCallback):
 
     family = "representations"
 
-    def __init__(self, layers: Sequence[str], pool: bool = False, centred: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, layers: Sequence[str], pool: bool = False, centred: bool = True, **kwargs: Unpack[EvaluationOptions]
+    ) -> None:
         super().__init__(**kwargs)
         if isinstance(layers, str) or not layers:
             raise ValueError(f"expected a list of layer names, got {layers!r}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_manifold_mixup._tables import Row, console, print_table
+from lightning_manifold_mixup._tables import Row, console, number, print_table
 
 __all__ = ["Row", "console", "decimals_of", "mean_and_std", "plus_minus", "print_table"]
 
@@ -54,4 +54,4 @@ def plus_minus(mean: float | None, deviation: float | None, decimals: int = 3) -
     """
     if mean is None:
         return ""
-    return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+    return number(mean, decimals) + ("" if deviation is None else f" ± {number(deviation, decimals)}")

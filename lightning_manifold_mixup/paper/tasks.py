@@ -90,9 +90,9 @@ class RegressionModule(_Task):
 
     Args:
         model: maps inputs to (n, 1).
-        kwargs: ``optimizer``, which makes the optimizer from the parameters (Adam with learning rate 1e-3 by default);
-            ``lr_scheduler``, which makes the learning rate scheduler from the optimizer (none by default);
-            ``lr_interval``, whether the scheduler is stepped each ``"epoch"`` (the default) or each ``"step"``.
+        optimizer: makes the optimizer from the parameters; Adam with learning rate 1e-3 by default.
+        lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
+        lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
 
     Example:
         >>> module = RegressionModule(nn.Linear(4, 1))
@@ -102,8 +102,14 @@ class RegressionModule(_Task):
 
     metric_name = "rmse"
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
-        super().__init__(model, MeanSquaredError(squared=False), **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerCallable = _adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
+    ) -> None:
+        super().__init__(model, MeanSquaredError(squared=False), optimizer, lr_scheduler, lr_interval)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +127,9 @@ class SegmentationModule(_Task):
     Args:
         model: maps images to logits (n, num_classes, height, width).
         num_classes: number of classes, the background among them.
-        kwargs: ``optimizer``, ``lr_scheduler`` and ``lr_interval``, as for ``RegressionModule``.
+        optimizer: makes the optimizer from the parameters; Adam with learning rate 1e-3 by default.
+        lr_scheduler: makes the learning rate scheduler from the optimizer; none by default.
+        lr_interval: whether the scheduler is stepped each ``"epoch"`` or each ``"step"``.
 
     Example:
         >>> module = SegmentationModule(nn.Conv2d(3, 4, 1), num_classes=4)
@@ -131,8 +139,15 @@ class SegmentationModule(_Task):
 
     metric_name = "iou"
 
-    def __init__(self, model: nn.Module, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(model, MulticlassJaccardIndex(num_classes), **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        optimizer: OptimizerCallable = _adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
+    ) -> None:
+        super().__init__(model, MulticlassJaccardIndex(num_classes), optimizer, lr_scheduler, lr_interval)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

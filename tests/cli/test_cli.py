@@ -48,6 +48,7 @@ def test_fit_without_config_trains_tests_and_prints_one_table(tmp_path) -> None:
     assert "warn" not in output.lower(), output
     assert "Consider" not in output
     assert "Tip" not in output
+    assert "v_num" not in output  # in the bar, the folder's name cut to four letters
     metrics = list(
         csv.DictReader(
             (tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/metrics.csv").read_text().splitlines()
@@ -166,6 +167,8 @@ def test_help_lists_every_command(capsys) -> None:
             "There is no class 'no.where.Data'",
         ),
         (["fit", "--trainer.nope=3"], "There is no option --trainer.nope"),
+        (["fit", "--conf=digits"], "no option --conf; did you mean config?"),  # abbreviations are not taken
+        (["fit", "--trainer.max_epoch=3"], "--trainer.max_epoch; did you mean trainer.max_epochs?"),
         (["fit", "--trainer.max_epok=3"], "--trainer.max_epok; did you mean trainer.max_epochs?"),
         (["fit", "--trainer.max_epochs=three"], "trainer.max_epochs"),
         (["fit", "--model.init_args.alhpa=3"], "no option alhpa of ManifoldMixupModule; did you mean alpha?"),
@@ -364,6 +367,38 @@ def test_a_network_by_its_path_alone_is_told_the_number_of_classes(path, tmp_pat
     assert made("--config=digits", "--config=network.yaml").model.model.fc.out_features == 10
 
 
+def test_timm_is_told_the_number_of_classes(tmp_path) -> None:
+    """``create_model`` hands ``num_classes`` on where no parser sees it."""
+    assert made(f"--data={__name__}.Data", *TIMM).model.model.num_classes == 7
+    cli = made(f"--data={__name__}.Data", *TIMM, "--model.model.num_classes=5")  # what the user says counts
+    assert cli.model.model.fc.out_features == 5
+    (tmp_path / "again.yaml").write_text(cli.parser.dump(cli.config))
+    assert made("--config=again.yaml").model.model.fc.out_features == 5
+    by_hand = "{class_path: timm.create_model, init_args: {model_name: resnet18}, dict_kwargs: {X}}"
+    for kwargs, expected in (("num_classes: 6", (6, 3)), ("in_chans: 1", (7, 1))):
+        (tmp_path / "network.yaml").write_text(f"model: {{init_args: {{model: {by_hand.replace('X', kwargs)}}}}}")
+        network = made(f"--data={__name__}.Data", "--config=network.yaml").model.model
+        assert (network.fc.out_features, network.conv1.in_channels) == expected
+
+
+RESNET = "torchvision.models.resnet18"
+TIMM = ["--model.model=timm.create_model", "--model.model.model_name=resnet18"]
+
+
+@pytest.mark.parametrize("name", ["model.model", "model.init_args.model.init_args", "model.model.init_args"])
+def test_what_the_user_says_about_the_network_counts(name) -> None:
+    network = [f"--model.model={RESNET}", f"--data={__name__}.Data"]
+    assert made(*network, f"--{name}.num_classes=5").model.model.fc.out_features == 5
+    assert made(*network, f"--{name}.zero_init_residual=true").model.model.fc.out_features == 7
+
+
+@pytest.mark.parametrize("network", [[f"--model.model={RESNET}"], TIMM], ids=["torchvision", "timm"])
+def test_a_network_keeps_its_own_number_of_classes_where_the_data_have_none(network) -> None:
+    regression = "--model=lightning_manifold_mixup.paper.tasks.RegressionModule"
+    cli = made(regression, *network, f"--data={__name__}.BoringDataModule")
+    assert cli.model.model.fc.out_features == 1000
+
+
 def test_what_neither_data_nor_user_say_is_asked_for(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--model={__name__}.Wanting", f"--data={__name__}.BoringDataModule", "--trainer.logger=false"])
@@ -390,10 +425,16 @@ def test_any_module_and_any_data(capsys) -> None:
 
 
 def test_the_table_has_student_teacher_and_the_rest(capsys) -> None:
-    print_results({"test/kappa": 0.5, "test/teacher_error": 0.0123, "test/error": 0.25, "train/loss": 1.0})
+    early = {"test/nll": 10359.1234, "test/kappa": 0.5, "test/teacher_error": 0.0123, "test/error": 0.25}
+    print_results({**early, "train/loss": 1.0})
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     cells = [tuple(cell.strip() for cell in line.strip("│").split("│")) for line in lines]
-    assert cells == [("test error", "25.00 %"), ("test error, of the teacher", "1.23 %"), ("test/kappa", "0.5000")]
+    assert cells == [
+        ("test error", "25.00 %"),
+        ("negative log likelihood (nats)", "1.04e+04"),
+        ("test error, of the teacher", "1.23 %"),
+        ("test/kappa", "0.5000"),
+    ]
 
 
 def test_layers_of_a_recipe_and_of_any_network(capsys) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+import yaml
+from lightning.pytorch import Callback, LightningModule
 
+from lightning_manifold_mixup import ManifoldMixupModule
 from lightning_manifold_mixup.cli import compare, main, methods, runs
 from lightning_manifold_mixup.cli.terminal import UsageError
 from lightning_manifold_mixup.cli.training import Prepared
 from lightning_manifold_mixup.paper import recipes
+from lightning_manifold_mixup.paper.data import DigitsDataModule
 
 TINY = [
     "--trainer.max_epochs=1",
@@ -245,6 +248,29 @@ class Arguments(dict):
     __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
 
 
+class NoTestStep(ManifoldMixupModule):
+    test_step = LightningModule.test_step
+
+
+class NoTestSet(DigitsDataModule):
+    def make_dataset(self, split):
+        return None if split == "test" else super().make_dataset(split)
+
+
+@pytest.mark.parametrize("wrong", [NoTestStep, NoTestSet])
+def test_what_cannot_be_tested_is_not_trained(wrong, monkeypatch, capsys) -> None:
+    key, what = ("model", "`test_step`") if wrong is NoTestStep else ("data", "test set")
+    trained = []
+    monkeypatch.setattr(wrong if key == "model" else ManifoldMixupModule, "training_step", lambda *_: trained.append(1))
+    Path("own.yaml").write_text(yaml.safe_dump({key: {"class_path": f"{__name__}.{wrong.__name__}"}}))
+    network = ["--model.init_args.model=lightning_manifold_mixup.paper.models.PreActResNet"] * (key == "model")
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--config=digits+own.yaml", "--seeds=0", *network, "--trainer.max_epochs=1"])
+    assert stop.value.code == 2
+    assert f"{wrong.__name__} has no {what}." in capsys.readouterr().err
+    assert not trained
+
+
 def test_the_clean_loss_is_added_to_a_callback_of_the_recipe() -> None:
     own = Arguments(
         class_path="lightning_manifold_mixup.ManifoldMixupCallback", init_args=Arguments(alpha=3.0, layers=["input"])
@@ -292,7 +318,8 @@ def test_calibration_and_regression_in_the_table(tmp_path, capsys) -> None:
         metrics = result["metrics"]["last epoch"]
         assert float(row["NLL, scaled"]) == pytest.approx(metrics["test_calibration/data_scaled_nll"])
         assert float(row["ECE %, scaled"]) == pytest.approx(100 * metrics["test_calibration/data_scaled_ece"])
-        assert float(row["AUROC %, noise"]) == pytest.approx(100 * metrics["test_calibration/noise_auroc"])
+        for name, key in (("noise", "noise"), ("other data", "other_data")):
+            assert float(row[f"AUROC %, {name}"]) == pytest.approx(100 * metrics[f"test_calibration/{key}_auroc"])
     assert "interpolation" not in capsys.readouterr().out
     main(["compare", "--config=diabetes", "--seeds=0,1", f"--out={tmp_path / 'b'}", "--trainer.max_epochs=1"])
     rows = rows_of(file_of(tmp_path / "b", "csv"))

@@ -60,6 +60,8 @@ def test_mean_and_deviation_of_the_sample(values):
         (3.14159, 2.71828, 1, "3.1 ± 2.7"),
         (None, None, 2, ""),
         (float("nan"), float("nan"), 2, "nan ± nan"),
+        (-10359.1234, 9999.4, 1, "-1.04e+04 ± 9999.4"),
+        (float("inf"), 1e4, 3, "inf ± 1e+04"),
     ],
 )
 def test_plus_minus(mean, deviation, decimals, text):

@@ -1,12 +1,18 @@
 """The paper's rows against the numbers of its text and its public code, typed in again."""
 
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from torchmetrics.functional.classification import binary_auroc
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from lightning_manifold_mixup.cli import recipes as command
 from lightning_manifold_mixup.cli.training import Prepared
+from lightning_manifold_mixup.evaluation import CalibrationCallback
 from lightning_manifold_mixup.paper import recipes
 
 PARN_S = ["input", "model.layer1", "model.layer2"]
@@ -160,6 +166,41 @@ def test_a_recipe_trains_and_tests(name: str, tmp_path) -> None:
     cli.make()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """A folder as ``cifar10_small`` wants it, with ten classes and fewer images."""
+    generator = np.random.default_rng(0)
+    for split, label, i in product(("train", "test"), range(10), range(5)):
+        folder = tmp_path / "objects" / split / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "objects"
+
+
+@pytest.mark.parametrize("name", ["digits-calibration", "cifar10_small-calibration"])
+def test_other_data_are_told_from_the_test_data(name: str, objects, tmp_path) -> None:
+    """The AUROC is that of torchmetrics for the confidence of the predictions, with each image by itself."""
+    options = ["--trainer.max_steps=3", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    if name.startswith("cifar10"):
+        options += [f"--data.init_args.{x}" for x in (f"data_dir={objects}", "labels_per_class=3", "val_size=20")]
+        options += ["--data.init_args.cache_dir=null", "--trainer.accelerator=cpu"]
+    cli = Prepared(["--config", name, *options], run=False)
+    cli.make()
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    [metrics] = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    [callback] = [c for c in cli.trainer.callbacks if isinstance(c, CalibrationCallback)]
+    sure = []
+    with torch.inference_mode():
+        for loader in (callback.other_data.test_dataloader(), cli.datamodule.test_dataloader()):
+            samples = [(image, label) for image, label in loader.dataset]
+            sure.append(torch.cat([cli.model.eval()(image[None]).softmax(1).max(1).values for image, _ in samples]))
+    is_test = torch.cat([torch.full((len(x),), kind) for kind, x in enumerate(sure)])
+    expected = binary_auroc(torch.cat(sure), is_test).item()
+    assert metrics["test_calibration/other_data_auroc"] == pytest.approx(expected, abs=1e-3)
+    assert 0.02 < expected < 0.98  # neither all nor nothing after three steps
+    assert len(sure[0]) >= 797
 
 
 @pytest.mark.parametrize("name", ["text", "text-embedding", "text-features", "text-lstm-tenth"])

@@ -13,9 +13,10 @@ from torch import Tensor
 from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
-from lightning_manifold_mixup.paper.data.base import ImageDataModule, ImageSpec, Split
+from lightning_manifold_mixup.paper.data.base import Split
 from lightning_manifold_mixup.paper.data.batches import ImageFiles, read_image
 from lightning_manifold_mixup.paper.data.downloads import downloading
+from lightning_manifold_mixup.paper.data.image_base import ImageDataModule, ImageSpec
 from lightning_manifold_mixup.paper.data.options import ImageOptions
 
 __all__ = ["ImageFolderDataModule", "TinyImageNetDataModule"]
@@ -183,6 +184,11 @@ class ImageFolderDataModule(_FolderDataModule):
             says how many; ``"unchecked"`` saves the time of reading all files in advance.
         kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the side, ``flip`` is on.
 
+    Raises:
+        ValueError: for another ``broken_files``, or a ``cache_dir`` without ``in_memory``. In ``setup``, before
+            training: for files that cannot be read or have another size, and classes in ``test`` that ``train`` lacks.
+        FileNotFoundError: in ``setup``, if the folder is missing or has no images of a class.
+
     Example:
         >>> ImageFolderDataModule("no/such/folder").setup("fit")
         Traceback (most recent call last):
@@ -238,11 +244,11 @@ class TinyImageNetDataModule(_FolderDataModule):
     Args:
         data_dir: the folder that has ``train``, or has ``tiny-imagenet-200``, or where that will be put.
         download: download it there (237 MB) if it is missing.
-        in_memory: decode every image once, to uint8 (1.3 GB), when the data is set up.
-        cache_dir: keep the decoded images there, and read them from there (memory-mapped: the processes of one machine
-            share them) as long as the files are the same. Only with ``in_memory``.
-        broken_files: see ``ImageFolderDataModule``.
+        in_memory, cache_dir, broken_files: see ``ImageFolderDataModule``; all images take 1.3 GB.
         kwargs: the arguments of ``ImageDataModule``.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``ImageFolderDataModule`` does.
 
     Example:
         >>> TinyImageNetDataModule("no/such/folder").setup("fit")

@@ -29,6 +29,21 @@ class RegressionDataModule(SplitDataModule):
     Attributes:
         in_features: numbers in a sample; what a fully connected network needs to know.
         target_std: standard deviation of the training targets, in their own unit.
+
+    Raises:
+        ValueError: for a batch size below 1. In ``setup``: if ``test_size`` or ``val_size`` asks for more samples than
+            there are.
+
+    Example:
+        >>> class Line(RegressionDataModule):
+        ...     in_features = 1
+        ...     def load(self):
+        ...         x = torch.linspace(0, 1, 40)
+        ...         return x.unsqueeze(1), 3 * x
+        >>> data = Line(batch_size=8, test_size=10)
+        >>> inputs, targets = next(iter(data.train_dataloader()))
+        >>> inputs.shape, targets.shape, len(data.train_set)
+        (torch.Size([8, 1]), torch.Size([8]), 30)
     """
 
     in_features: int
@@ -90,7 +105,11 @@ class RegressionDataModule(SplitDataModule):
 class DiabetesDataModule(RegressionDataModule):
     """442 patients, ten measurements, the progression of their diabetes after a year; scikit-learn ships it.
 
-    Its arguments are those of ``RegressionDataModule``.
+    Args:
+        batch_size: samples of a training batch; an incomplete last batch is kept.
+        test_size: test samples: a number, or a share below 1, drawn by ``seed``.
+        val_size: validation samples taken out of what is left, likewise; 0 for none.
+        eval_batch_size, num_workers, pin_memory, seed: see ``RegressionDataModule``.
 
     Source: Efron et al., "Least Angle Regression", 2004.
 

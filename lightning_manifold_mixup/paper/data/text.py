@@ -172,6 +172,11 @@ class TextDataModule(ClassificationDataModule):
     Attributes:
         num_classes, vocabulary_size, class_names, word_vectors: what a model needs to know.
 
+    Raises:
+        ValueError: for a ``max_length`` or a batch size below 1. In ``setup``: for a file without the columns or of
+            another encoding, labels in ``test_file`` that ``train_file`` lacks, or sizes above what there is.
+        FileNotFoundError: in ``setup``, if a file is missing.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,8 @@ from typing import get_type_hints
 
 import pytest
 
-from lightning_manifold_mixup.paper.data.base import ImageDataModule, SplitDataModule
+from lightning_manifold_mixup.paper.data import ImageDataModule
+from lightning_manifold_mixup.paper.data.base import SplitDataModule
 from lightning_manifold_mixup.paper.data.options import ImageOptions, LoaderOptions
 
 
