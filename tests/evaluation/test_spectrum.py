@@ -7,14 +7,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lightning_manifold_mixup.evaluation import ClassSpectrum, RepresentationCallback, hidden_states, spectrum_summary
-from tests.evaluation.classifier import (
-    CLASSES,
-    Classifier,
-    loader,
-    normalise,
-    pixels_and_target,
-    trainer,
-)
+from tests.evaluation.classifier import CLASSES, Classifier, loader, normalise, pixels_and_target, trainer
 
 
 @pytest.fixture(autouse=True)
