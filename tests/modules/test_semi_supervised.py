@@ -147,7 +147,7 @@ class Leaking(SemiSupervisedManifoldMixupModule):
     """A loss in which the brightness of the plain images meets the mixed logits."""
 
     def training_step(self, batch, batch_idx):
-        self.brightness = batch["labelled"]["input"].mean((1, 2, 3))
+        self.brightness = batch["labelled"][0].mean((1, 2, 3))
         return super().training_step(batch, batch_idx)
 
     def soft_label_loss(self, logits, target):
@@ -588,7 +588,8 @@ def test_load_from_checkpoint(teacher, tmp_path):
     loaded = SemiSupervisedManifoldMixupModule.load_from_checkpoint(tmp_path / "a.ckpt", model=ConvNet())
     assert dict(loaded.hparams) == dict(ours.hparams)
     assert {name: loaded.hparams[name] for name in given} == given
-    assert (loaded.mixup.alphas, loaded.mixup.seed, loaded.mixup.layers) == ((0.5, 2.0), 5, LAYERS)
+    assert (loaded.mixup.seed, loaded.mixup.layers) == (5, LAYERS)
+    assert loaded.mixup.alphas == {"labelled": 0.5, "unlabelled": 2.0}
     torch.testing.assert_close(weights_of(loaded), weights_of(ours), rtol=0, atol=0)
 
 
@@ -633,6 +634,11 @@ class TestErrors:
     def test_arguments(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             module(**kwargs)
+
+    def test_logits_of_other_classes_than_num_classes_says(self):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES + 1))
+        with pytest.raises(ValueError, match=r"Expected \(n, 4\) logits .*, got \(6, 5\)"):
+            trainer().fit(module(model=net, layers=["input"]), loaders())
 
     def test_published_defaults(self):
         for teacher, expected in (("self", (1.0, 0.4)), ("ema", (100.0, 0.25))):
