@@ -1,8 +1,6 @@
 import copy
 import math
 import os
-import subprocess
-import sys
 
 import lightning as L
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -24,6 +23,7 @@ from lightning_manifold_mixup.modules.semi_supervised import SemiSupervisedManif
 from lightning_manifold_mixup.paper import recipes
 from lightning_manifold_mixup.partners import Partners
 from tests.helpers import CLASSES, LAYERS, ConvNet, images, trainer, weights_of
+from tests.processes import together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning 2.6 with torch 2.14
@@ -517,14 +517,7 @@ class TestTrainer:
 
     def test_two_processes(self, tmp_path):
         net = ConvNet()
-        torch.save(net.state_dict(), tmp_path / "net.pt")
-        script = tmp_path / "run.py"
-        script.write_text(TWO_PROCESSES)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": "0"}
-        result = subprocess.run(
-            [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
-        )
-        assert result.returncode == 0, result.stderr
+        together(train_a_share, net, tmp_path)
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
         assert len(first["lams"]) == 2 * 2  # epochs, batches
         assert first["layers"] == second["layers"]
@@ -557,25 +550,24 @@ def shard(n, rank, epoch):
     return list(sampler)
 
 
-TWO_PROCESSES = """
-import sys, torch
-from torch.utils.data import DataLoader, TensorDataset
-from tests.helpers import images, trainer
-from tests.modules.test_semi_supervised import Draws, loaders, module
-
 class Save(Draws):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
     def on_fit_end(self, trainer, ours):
         state = {"layers": self.layers, "lams": self.lams}
         state["teacher_error"] = trainer.callback_metrics["val/teacher_error"]
         state["parameters"] = {name: p.detach() for name, p in ours.named_parameters()}
-        torch.save(state, f"{sys.argv[1]}/{trainer.global_rank}.pt")
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
 
-if __name__ == "__main__":
-    ours = module()
-    ours.model.load_state_dict(torch.load(f"{sys.argv[1]}/net.pt"))
+
+def train_a_share(rank, net, folder):
+    os.environ["PL_GLOBAL_SEED"] = "0"
     validation = DataLoader(TensorDataset(*images(24, seed=3)), 6)
-    trainer(Save(), max_epochs=2, devices=2, strategy="ddp_fork").fit(ours, loaders(), validation)
-"""
+    t = trainer(Save(folder), max_epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    t.fit(module(model=copy.deepcopy(net)), loaders(), validation)  # a net that is handed over shares its memory
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("teacher", ["self", "ema"])
