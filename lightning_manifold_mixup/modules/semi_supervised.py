@@ -38,12 +38,7 @@ from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup._step.mix.drawing import DrawContext
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
-from lightning_manifold_mixup.modules.classification import (
-    Evaluation,
-    ManifoldMixupModule,
-    MixupOptions,
-    check_options,
-)
+from lightning_manifold_mixup.modules.classification import Evaluation, ManifoldMixupModule, MixupOptions, check_options
 from lightning_manifold_mixup.modules.consistency import consistency_loss, consistency_weight, update_teacher, wide
 from lightning_manifold_mixup.modules.losses import LossName
 from lightning_manifold_mixup.modules.optimization import Interval, paper_sgd
