@@ -1,10 +1,23 @@
+import atexit
 import logging
 import os
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # pytest-xdist has a worker on each core; also for processes that tests start
+
+# Where Python writes no bytecode and the packages came without any, each process that a test starts would compile all
+# that it imports, for longer than most tests take. So they have it in a folder that goes when the tests end.
+if sys.dont_write_bytecode and sys.pycache_prefix is None and not Path(find_spec("torch").cached).exists():
+    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="bytecode-of-tests-")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
 import pytest
 import torch

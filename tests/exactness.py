@@ -44,6 +44,23 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+class Manual(Module):
+    """Likewise, with manual optimization."""
+
+    def __init__(self, loss):
+        super().__init__(loss)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.step(optimizer)
+
+    def step(self, optimizer):
+        optimizer.step()
+
+
 class Watch(L.Callback):
     """Notes the loss that is propagated back, the gradients, and the weights they were computed with."""
 

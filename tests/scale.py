@@ -1,4 +1,4 @@
-"""What each process of `torchrun` runs for `test_scale.py`: `-m tests.scale FOLDER EPOCHS [CHECKPOINT]`."""
+"""What each process runs for `test_scale.py`; under `torchrun`: `-m tests.scale FOLDER EPOCHS [CHECKPOINT]`."""
 
 import os
 import sys

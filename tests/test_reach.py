@@ -17,7 +17,8 @@ PACKAGE = ROOT.name
 WINGS = ("paper", "cli", "evaluation")
 POSIX = {"fcntl", "grp", "mmap", "posix", "pty", "pwd", "resource", "signal", "syslog", "termios", "tty", "ctypes"}
 POSIX_CALLS = {"fork", "forkpty", "dup", "dup2", "kill", "killpg", "getuid", "nice", "mallopt", "sched_getaffinity"}
-EXTRAS = ("torchvision", "sklearn", "matplotlib", "rich", "jsonargparse", "timm", "tensorboard", "pytorch_lightning")
+EXTRAS = {"torchvision", "sklearn", "matplotlib", "rich", "jsonargparse", "timm", "tensorboard", "pytorch_lightning"}
+EXTRAS |= {"pandas", "triton", "PIL"}
 
 
 def files(*wings):
@@ -67,14 +68,17 @@ def test_product_needs_no_posix():
 def test_import_brings_no_extra_and_no_wing():
     """Compared with what Lightning and torchmetrics themselves import where it is installed."""
     script = (
-        "import sys, lightning, torchmetrics; before = set(sys.modules); from lightning_manifold_mixup import *;"
-        "print(*set(sys.modules) - before)"
+        "import sys, lightning, torchmetrics; from importlib.util import find_spec; before = set(sys.modules);"
+        "from lightning_manifold_mixup import *; assert find_spec('pytorch_lightning').origin;"
+        "print(*set(sys.modules) - before); import lightning_manifold_mixup.paper.models as _;"
+        "import lightning_manifold_mixup.paper.data as _; print(*set(sys.modules) - before)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    loaded = run.stdout.split()
-    assert f"{PACKAGE}.callback" in loaded
-    assert not [name for name in loaded if name.split(".")[0] in EXTRAS]
-    assert not [name for name in loaded if name.startswith(tuple(f"{PACKAGE}.{wing}" for wing in WINGS))]
+    product, paper = (set(line.split()) for line in run.stdout.splitlines())
+    assert f"{PACKAGE}.callback" in product
+    assert not [name for name in product if name.startswith(tuple(f"{PACKAGE}.{wing}" for wing in WINGS))]
+    assert f"{PACKAGE}.paper.data" in paper
+    assert not EXTRAS & {name.split(".")[0] for name in product | paper}
 
 
 def test_lightning_that_is_missing_is_named():

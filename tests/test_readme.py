@@ -120,6 +120,8 @@ def test_commands(command, pets, capsys):
     _, name, *options = shlex.split(command)
     less = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_test_batches=1"]
     less += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    if "torchvision" not in command:
+        less.append("--model.init_args.model.init_args.initial_channels=2")
     main([name, *options, *([] if name == "layers" else less)])
     printed = capsys.readouterr().out
     assert {"fit": "test", "compare": "Manifold Mixup", "layers": "eligible"}[name] in printed

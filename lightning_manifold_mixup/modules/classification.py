@@ -182,17 +182,21 @@ class ManifoldMixupModule(SoftLabelLossMixin, Module):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x, y = batch
+        loss = self.supervised_loss(*batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def supervised_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of labelled samples, a scalar, and log their accuracy."""
         logits = self(x)
         if logits.shape[1] != self.num_classes:  # or the first evaluation would fail, after the training
             raise ValueError(
                 f"Expected (n, {self.num_classes}) logits from the network, as num_classes says, got "
                 f"{tuple(logits.shape)}."
             )
-        loss = self.soft_label_loss(logits, y)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", self.soft_label_accuracy(logits, y), on_step=False, on_epoch=True)
-        return loss
+        accuracy = self.soft_label_accuracy(logits, y)
+        self.log("train/accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(logits))
+        return self.soft_label_loss(logits, y)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -3,23 +3,20 @@
 The loss of a step is ``labelled + w(t) * consistency``.
 
 - *labelled* is supervised Manifold Mixup on a labelled batch (``mixing.py``).
-- *consistency*: an unlabelled batch has no labels to mix, so the predictions of a *teacher* stand in for them. The
-  student, with its hidden states mixed at layer k, learns to predict the teacher's predictions for the plain samples,
-  mixed with the same lam and permutation. These targets carry no gradient.
+- *consistency*: the predictions of a *teacher* stand in for the labels of an unlabelled batch. The student, with its
+  hidden states mixed at layer k, learns to predict the teacher's predictions for the plain samples, mixed with the
+  same lam and permutation. These targets carry no gradient.
 - ``w(t) = w_max * exp(-5 (1 - t)^2)``, where t rises from 0 to 1 over the first part of training.
 
 There are two published variants.
 
-- ``teacher="self"`` (Verma et al., ICLR 2019 version): the student's own predictions, mean squared error
-  between logits.
-- ``teacher="ema"`` (Interpolation Consistency Training, arXiv 1903.03825, algorithm 1): the predictions of the
-  exponential moving average of the student, mean squared error between ``softmax(student)`` and ``softmax(mixed
-  teacher logits)``.
+- ``teacher="self"`` (Verma et al., ICLR 2019 version): the student's own predictions, mean squared error of logits.
+- ``teacher="ema"`` (Interpolation Consistency Training, arXiv 1903.03825, algorithm 1): those of the exponential moving
+  average of the student, mean squared error between ``softmax(student)`` and ``softmax(mixed teacher logits)``.
 
-Batch normalisation is that of the published code of both: **every pass is in training mode**, the teacher's too. Each
-pass normalises with the statistics of its own batch, and updates the running statistics of the network that it runs. So
-the statistics of the student come from mixed and plain batches. An EMA teacher has its own, of plain unlabelled
-batches: its parameters are averages of the student's, its buffers are not.
+As in the published code of both, **every pass is in training mode**, the teacher's too: batch normalisation takes the
+statistics of the batch, and updates those of the network that runs. So those of the student come from mixed and plain
+batches. An EMA teacher has its own, of plain unlabelled batches: its parameters are averages, its buffers are not.
 """
 
 from __future__ import annotations
@@ -41,12 +38,7 @@ from lightning_manifold_mixup._step.host import is_overridden
 from lightning_manifold_mixup._step.mix.drawing import DrawContext
 from lightning_manifold_mixup.callback import ManifoldMixupCallback
 from lightning_manifold_mixup.mixing import Draw, Mix, check_alpha
-from lightning_manifold_mixup.modules.classification import (
-    Evaluation,
-    ManifoldMixupModule,
-    MixupOptions,
-    check_options,
-)
+from lightning_manifold_mixup.modules.classification import Evaluation, ManifoldMixupModule, MixupOptions, check_options
 from lightning_manifold_mixup.modules.consistency import consistency_loss, consistency_weight, update_teacher, wide
 from lightning_manifold_mixup.modules.losses import LossName
 from lightning_manifold_mixup.modules.optimization import Interval, paper_sgd
@@ -54,7 +46,8 @@ from lightning_manifold_mixup.modules.optimization import Interval, paper_sgd
 if TYPE_CHECKING:  # it brings jsonargparse, which finds these here when it makes a command line
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-_PUBLISHED = {"self": (1.0, 0.4), "ema": (100.0, 0.25)}  # w_max and ramp
+_PUBLISHED = {"self": {"w_max": 1.0, "ramp": 0.4}, "ema": {"w_max": 100.0, "ramp": 0.25}}
+_SAVED = ("teacher", "w_max", "ramp", "alpha_labelled", "alpha_unlabelled", "ema_decay", "mixup")
 
 
 class PartsCallback(ManifoldMixupCallback):
@@ -63,41 +56,34 @@ class PartsCallback(ManifoldMixupCallback):
     The loss is a sum of one term for each part, so its mean over k is that of two layers drawn apart.
 
     Args:
-        alpha_labelled: of Beta(alpha, alpha) for the labelled part.
-        alpha_unlabelled: the same for the unlabelled part; None if it is not used.
-        layers: see ``ManifoldMixupCallback``.
-        **options: likewise.
+        alphas: of Beta(alpha, alpha), by part.
+        **options: see ``ManifoldMixupCallback``.
     """
 
-    def __init__(
-        self, alpha_labelled: float, alpha_unlabelled: float | None, layers: Any = "auto", **options: Any
-    ) -> None:
-        parts = ["labelled"] if alpha_unlabelled is None else ["labelled", "unlabelled"]
+    def __init__(self, alphas: Mapping[str, float], **options: Any) -> None:
         super().__init__(
-            alpha=alpha_labelled or alpha_unlabelled or 0.0,  # 0 would switch off both
-            layers=layers,
-            input_key=[f"{part}.input" for part in parts],
-            target_key=[f"{part}.target" for part in parts],
+            alpha=alphas["labelled"] or alphas.get("unlabelled", 0.0),  # 0 would switch off both
+            input_key=[f"{part}.0" for part in alphas],
+            target_key=[f"{part}.1" for part in alphas],
             **options,
         )
-        self.alphas = alpha_labelled, alpha_unlabelled or 0.0
+        self.alphas = alphas
 
     @override
     def draw(self, context: DrawContext) -> Draw:
-        return replace(context, alpha=self.alphas[0]).draw()
+        return replace(context, alpha=self.alphas["labelled"]).draw()
 
     @override
     def draw_group(self, context: DrawContext, first: Draw) -> Mix:
-        return replace(context, alpha=self.alphas[1]).draw_mix()
+        return replace(context, alpha=self.alphas["unlabelled"]).draw_mix()
 
 
 class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
     """Trains a classifier from few labels and many unlabelled samples; see the module's docstring for the method.
 
-    Training batches are ``{"labelled": (x, y), "unlabelled": (x, ...)}``, as
-    ``SemiSupervisedDataModule`` makes them. When a batch arrives, the teacher
-    predicts its unlabelled part (``on_after_batch_transfer``); these predictions are a target like the labels, and the
-    callback that comes with the module mixes and checks both.
+    Training batches are ``{"labelled": (x, y), "unlabelled": (x, ...)}``, as ``SemiSupervisedDataModule`` makes them.
+    When a batch arrives, the teacher predicts its unlabelled part (``on_after_batch_transfer``); these predictions are
+    a target like the labels, and the callback that comes with the module mixes and checks both.
 
     Evaluation logs ``val/error``, ``val/nll``, ... of the student, and ``val/teacher_error``, ... of an EMA teacher,
     which is what ICT reports; likewise for test. ``module(x)`` is the student, ``module.teacher(x)`` the teacher.
@@ -151,32 +137,24 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
     ) -> None:
+        given = dict(locals())
         super().__init__(model, num_classes, 0.0, layers, None, loss, optimizer, lr_scheduler, lr_interval)
         if teacher not in _PUBLISHED:
             raise ValueError(f"Expected teacher to be 'self' or 'ema', got {teacher!r}.")
-        published_w_max, published_ramp = _PUBLISHED[teacher]
-        self.w_max = published_w_max if w_max is None else w_max
-        self.ramp = published_ramp if ramp is None else ramp
+        for name, published in _PUBLISHED[teacher].items():
+            given[name] = published if given[name] is None else given[name]
+        self.w_max, self.ramp, self.ema_decay = given["w_max"], given["ramp"], ema_decay
         if not (math.isfinite(self.w_max) and self.w_max >= 0):
             raise ValueError(f"Expected w_max to be a finite number >= 0, got {w_max}.")
-        for name, share in (("ramp", self.ramp), ("ema_decay", ema_decay)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"Expected {name} in [0, 1], got {share}.")
+        for name in ("ramp", "ema_decay"):
+            if not 0 <= given[name] <= 1:
+                raise ValueError(f"Expected {name} in [0, 1], got {given[name]}.")
         check_alpha(alpha_labelled)
         check_alpha(alpha_unlabelled)
+        alphas = {"labelled": alpha_labelled} | ({"unlabelled": alpha_unlabelled} if self.w_max else {})
         options = check_options(mixup, own=("alpha", "layers", "input_key", "target_key"))
-        self.mixup = PartsCallback(alpha_labelled, alpha_unlabelled if self.w_max else None, layers, **options)
-        self.ema_decay = ema_decay
-        saved = {
-            "teacher": teacher,
-            "w_max": self.w_max,
-            "ramp": self.ramp,
-            "alpha_labelled": alpha_labelled,
-            "alpha_unlabelled": alpha_unlabelled,
-            "ema_decay": ema_decay,
-            "mixup": mixup,
-        }
-        self._save(saved, without=["alpha"])
+        self.mixup = PartsCallback(alphas, layers=layers, **options)
+        self._save({name: given[name] for name in _SAVED}, without=["alpha"])
         self.teacher = deepcopy(model).requires_grad_(False) if teacher == "ema" and self.w_max else None
         if self.teacher is not None:
             for stage in ("val", "test"):
@@ -188,29 +166,30 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         """Return the batch that ``training_step`` is handed, with the teacher's predictions."""
         if self._trainer is None or not self.trainer.training:  # without one, TorchScript asks for it, too
             return batch
-        x, y, u = self._parts(batch)
-        parts = {"labelled": {"input": x, "target": y}}
-        if u is not None:
-            teacher = self if self.teacher is None else self.teacher
-            with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
-                parts["unlabelled"] = {"input": u, "target": wide(teacher(u))}
-        return parts
+        match batch:
+            case {"labelled": [x, y]} if not self.w_max:
+                return {"labelled": (x, y)}
+            case {"labelled": [x, y], "unlabelled": (Tensor() as u) | [Tensor() as u, *_]}:
+                teacher = self if self.teacher is None else self.teacher
+                with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+                    return {"labelled": (x, y), "unlabelled": (u, wide(teacher(u)))}
+        raise ValueError(
+            'Expected training batches {"labelled": (x, y), "unlabelled": (x, ...)}, as SemiSupervisedDataModule or a '
+            f'CombinedLoader of two loaders in mode "max_size_cycle" makes them. The batch is:\n{describe(batch)}'
+        )
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
-        x, y = batch["labelled"].values()
-        logits = self(x)
-        loss = self.soft_label_loss(logits, y)
+        loss = self.supervised_loss(*batch["labelled"])
         values = {"train/labelled_loss": loss.detach()}
         if "unlabelled" in batch:
-            u, predictions = batch["unlabelled"].values()
+            u, predictions = batch["unlabelled"]
             consistency = consistency_loss(self(u), predictions, softmax=self.teacher is not None)
             weight = consistency_weight(self.trainer.global_step, self._ramp_steps, self.w_max)
             loss = loss + weight * consistency
             values |= {"train/consistency_loss": consistency.detach(), "train/consistency_weight": torch.tensor(weight)}
-        self.log_dict(values, batch_size=len(x))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
-        self.log("train/accuracy", self.soft_label_accuracy(logits, y), on_step=False, on_epoch=True, batch_size=len(x))
+        self.log_dict(values)
+        self.log("train/loss", loss, prog_bar=True)
         return loss
 
     @override
@@ -218,22 +197,6 @@ class SemiSupervisedManifoldMixupModule(ManifoldMixupModule):
         super().optimizer_step(*args, **kwargs)
         if self.teacher is not None:
             update_teacher(self.teacher, self.model, self.trainer.global_step + 1, self.ema_decay)
-
-    def _parts(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Labelled inputs, their labels, and unlabelled inputs if these are used."""
-        parts = batch if isinstance(batch, Mapping) else {}
-        labelled: Any = parts.get("labelled")
-        u: Any = parts.get("unlabelled") if self.w_max else None
-        u = u[0] if isinstance(u, (tuple, list)) and u else u
-        is_pair = isinstance(labelled, (tuple, list)) and len(labelled) == 2
-        if not is_pair or (self.w_max and not isinstance(u, Tensor)):
-            raise ValueError(
-                'Expected training batches {"labelled": (x, y), "unlabelled": (x, ...)}, as SemiSupervisedDataModule '
-                'or a CombinedLoader of two loaders in mode "max_size_cycle" makes them. The batch is:\n'
-                f"{describe(batch)}"
-            )
-        x, y = labelled
-        return x, y, u
 
     _choice = "Take the Trainer's out: this module's own mixes both parts of a batch. Its settings are the module's."
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def _own_folder(monkeypatch, tmp_path) -> None:
 
 
 def test_fit_without_config_trains_tests_and_prints_one_table(tmp_path) -> None:
-    done = run([*MANIFOLD_MIXUP, "fit", "--trainer.max_epochs=2"], tmp_path)
+    done = run([*MANIFOLD_MIXUP, "fit", "--trainer.max_epochs=2", TINY[1]], tmp_path)
     assert done.returncode == 0, done.stderr
     output = done.stdout + done.stderr
     assert "Epoch 1/1" in output  # the progress bar
@@ -62,7 +63,35 @@ def test_fit_without_config_trains_tests_and_prints_one_table(tmp_path) -> None:
     assert config["seed_everything"] == 0
 
 
-def test_the_callback_in_somebody_elses_cli(tmp_path) -> None:
+def test_ctrl_c_ends_cleanly(tmp_path) -> None:
+    process = subprocess.Popen(
+        [*MANIFOLD_MIXUP, "fit", "--trainer.max_epochs=10000", "--model.init_args.lr_scheduler=null", TINY[1]],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` has it ignored
+    )
+    metrics = tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/metrics.csv"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert re.search(r"--ckpt_path=last|nothing was saved", output)
+    assert "Traceback" not in output
+    assert "test error" not in output
+
+
+# ------------------------------------------------------------------------------------------------------ in this process
+
+
+def test_the_callback_in_somebody_elses_cli(capsys, monkeypatch, tmp_path) -> None:
     (tmp_path / "theirs.py").write_text(
         """
 import torch, torch.nn.functional as F
@@ -96,6 +125,7 @@ LightningCLI(Net, Data)
     )
     (tmp_path / "theirs.yaml").write_text(
         """
+seed_everything: 1
 trainer:
   max_epochs: 2
   accelerator: cpu
@@ -112,39 +142,12 @@ trainer:
 model: {width: 5}
 """
     )
-    done = run([sys.executable, "theirs.py", "fit", "--config", "theirs.yaml"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "ALPHA AlphaSchedule 0.2 1.1 2.0" in done.stdout
-    assert "PASSES 2 2 4" in done.stdout  # the module itself ran each of four batches once, a ghost once more
-    assert "manifold_mixup/lam" in done.stdout
-
-
-def test_ctrl_c_ends_cleanly(tmp_path) -> None:
-    process = subprocess.Popen(
-        [*MANIFOLD_MIXUP, "fit", "--trainer.max_epochs=10000", "--model.init_args.lr_scheduler=null"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` has it ignored
-    )
-    metrics = tmp_path / "manifold_mixup_runs/digits-manifold-seed0/version_0/metrics.csv"
-    deadline = time.monotonic() + 200
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, output
-    assert re.search(r"--ckpt_path=last|nothing was saved", output)
-    assert "Traceback" not in output
-    assert "test error" not in output
-
-
-# ------------------------------------------------------------------------------------------------------ in this process
+    monkeypatch.setattr(sys, "argv", ["theirs.py", "fit", "--config", "theirs.yaml"])
+    runpy.run_path("theirs.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "ALPHA AlphaSchedule 0.2 1.1 2.0" in printed
+    assert "PASSES 2 2 4" in printed  # the module itself ran each of four batches once, a ghost once more
+    assert "manifold_mixup/lam" in printed
 
 
 def test_help_lists_every_command(capsys) -> None:

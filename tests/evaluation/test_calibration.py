@@ -17,14 +17,7 @@ from lightning_manifold_mixup.evaluation import (
     fit_temperature,
     noise_like,
 )
-from tests.evaluation.classifier import (
-    CLASSES,
-    Classifier,
-    loader,
-    normalise,
-    pixels_and_target,
-    trainer,
-)
+from tests.evaluation.classifier import CLASSES, Classifier, loader, normalise, pixels_and_target, trainer
 
 
 @pytest.fixture(autouse=True)

@@ -3,18 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from lightning_manifold_mixup.evaluation import ClassSpectrum, RepresentationCallback, hidden_states, spectrum_summary
-from tests.evaluation.classifier import (
-    CLASSES,
-    Classifier,
-    loader,
-    normalise,
-    pixels_and_target,
-    trainer,
-)
+from tests.evaluation.classifier import CLASSES, Classifier, loader, normalise, pixels_and_target, trainer
+from tests.processes import together
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +96,7 @@ def _rank(rank, path):
 
 
 def test_two_processes_add_up(tmp_path):
-    mp.spawn(_rank, (tmp_path,), nprocs=2)
+    together(_rank, tmp_path)
     states, target = states_and_target()
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")

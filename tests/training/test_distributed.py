@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-import socket
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback
 from tests.helpers import LAYERS, Classifier, ConvNet, Draws, assert_untouched, images, trainer
+from tests.processes import CONTEXT, free_port, tell, together
 
 STEPS, BATCH = 20, 4
 MODES = ["ddp", "static_graph", "find_unused_parameters", "auto", "fsdp2"]
@@ -51,19 +51,6 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def environment(rank, port):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "GROUP_RANK": "0",
-        "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "PL_GLOBAL_SEED": "5",
-    }  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def gradient_of_ones():
     """What FSDP2 makes of a gradient of one in each of two processes: one, or two where gloo takes sums for means.
 
@@ -74,9 +61,7 @@ def gradient_of_ones():
     return full(net.weight.grad).item()
 
 
-def worker(rank, port, net, folder):
-    torch.set_num_threads(1)
-    environment(rank, port)
+def worker(rank, net, folder):
     results = {}
     for mode in MODES:
         module = Sharded(copy.deepcopy(net))
@@ -103,7 +88,7 @@ def worker(rank, port, net, folder):
 def runs(tmp_path_factory):
     torch.manual_seed(0)
     net, folder = Net(), tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (free_port(), net, str(folder)), nprocs=2)
+    together(worker, net, str(folder))
     return net, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -169,8 +154,7 @@ class Dies(Classifier):
 
 
 def survivor(rank, port, net, folder):
-    torch.set_num_threads(1)
-    environment(rank, port)
+    tell(rank, 2, port)
     module = Dies(copy.deepcopy(net))
     module.dies = True
     t = trainer(ManifoldMixupCallback(layers=LAYERS), strategy=strategy_of("ddp"), devices=2)
@@ -189,9 +173,8 @@ def survivor(rank, port, net, folder):
 
 def test_kill_of_one_rank(tmp_path):
     torch.manual_seed(0)
-    context = torch.multiprocessing.get_context("spawn")
     port = free_port()
-    processes = [context.Process(target=survivor, args=(rank, port, Net(), tmp_path)) for rank in range(2)]
+    processes = [CONTEXT.Process(target=survivor, args=(rank, port, Net(), tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -17,7 +17,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
-from tests.exactness import CLASSES, Module, data, network, train
+from tests.exactness import CLASSES, Manual, Module, data, network, train
 from tests.helpers import assert_untouched, trainer
 
 
@@ -295,23 +295,7 @@ def test_an_augmentation_is_no_criterion():
 
 def test_labels_that_no_loss_uses_under_manual_optimization():
     """Refused before the module's own optimizer has stepped."""
-
-    class Manual(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.model = network()
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(self.model(batch[0]).pow(2).mean())
-            optimizer.step()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    module = Manual()
+    module = Manual(lambda z, y: z.pow(2).mean())
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(MixingError, match=r"no loss with a gradient used the labels.*No weight has changed"):
         trainer(ManifoldMixupCallback(layers=["model.1"], seed=0)).fit(module, loader())

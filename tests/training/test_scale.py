@@ -1,4 +1,4 @@
-"""Four processes under `torchrun`, and two that go on from their checkpoint, against the same computed by hand."""
+"""Four processes, and two under `torchrun` that go on from their checkpoint, against the same computed by hand."""
 
 import os
 import subprocess
@@ -12,27 +12,37 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_manifold_mixup.cli.training import Prepared
-from tests.scale import ACCUMULATE, SIZES, batches_of, data, network
+from tests.processes import together
+from tests.scale import ACCUMULATE, SIZES, batches_of, data, main, network
 
 BATCHES = len(SIZES[0])
 
 
-def torchrun(processes, folder, *arguments):
-    folder.mkdir()
+def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     run = subprocess.run(
-        [*command, "-m", "tests.scale", str(folder), *map(str, arguments)],
+        [*command, "-m", "tests.scale", *map(str, arguments)],
         cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+def started(rank, *arguments):
+    main(*arguments)
+
+
+def results_of(processes, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
-    four = torchrun(4, folder / "four", 2)
-    return four, torchrun(2, folder / "two", 2, folder / "four" / "epoch=0.ckpt")
+    for name in ("four", "two"):
+        (folder / name).mkdir()
+    together(started, folder / "four", 2, processes=4)
+    torchrun(2, folder / "two", 2, folder / "four" / "epoch=0.ckpt")
+    return results_of(4, folder / "four"), results_of(2, folder / "two")
 
 
 def train(net, results, epoch, losses):

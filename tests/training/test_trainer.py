@@ -231,9 +231,8 @@ class TestResume:
                 raise ConnectionError
 
     @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-    @pytest.mark.parametrize("layers", [LAYERS, "auto"])
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-    @pytest.mark.parametrize("crash", [4, 6])
+    @pytest.mark.parametrize(("layers", "crash"), [("auto", 4), (LAYERS, 6)])
     def test_equals_the_uninterrupted_run_bit_for_bit(self, tmp_path, layers, crash):
         """Three batches an epoch; the last checkpoint is that of step 3, between two epochs, or 5, in mid epoch.
 
@@ -267,8 +266,7 @@ class TestResume:
 
 
 class TestNothingIsLeft:
-    @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-    @pytest.mark.parametrize("layers", [LAYERS, "auto"])
+    @pytest.mark.parametrize(("error", "layers"), [(ZeroDivisionError, "auto"), (KeyboardInterrupt, LAYERS)])
     def test_after_an_exception(self, error, layers):
         class Fails(Classifier):
             def training_step(self, batch, batch_idx):

@@ -1,22 +1,25 @@
 """A labelled and an unlabelled loader."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_manifold_mixup.paper.data import (
     CIFAR10DataModule,
+    ClassificationDataModule,
     DigitsDataModule,
     ImageFolderDataModule,
     SemiSupervisedDataModule,
     SpiralsDataModule,
 )
+from lightning_manifold_mixup.paper.data.batches import VectorDataset
 from lightning_manifold_mixup.paper.data.semi_supervised import RepeatingSampler
 from tests.paper.data.samples import Tiny, draw_images, trainer, write_cifar
+from tests.processes import together
 
 
 class TestSemiSupervised:
@@ -161,11 +164,7 @@ class TestSemiSupervised:
 
     def test_two_processes_share_both_streams(self, tmp_path):
         """A real run of two processes: what each saw of one epoch."""
-        script = tmp_path / "run.py"
-        script.write_text(TWO_PROCESSES)
-        command = [sys.executable, str(script), str(tmp_path)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
+        together(spy_on_a_share, tmp_path)
         seen = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
         for name, batch in (("labelled", 20), ("unlabelled", 64)):
             sizes = [[len(step) for step in rank[name]] for rank in seen]
@@ -181,37 +180,31 @@ class TestSemiSupervised:
             assert len(set(stream[start : start + 50])) == 50  # each pass is shared out
 
 
-TWO_PROCESSES = """
-import json, sys, torch, lightning as L
-from lightning_manifold_mixup.paper.data import SemiSupervisedDataModule, ClassificationDataModule
-from lightning_manifold_mixup.paper.data.batches import VectorDataset
-
 class Numbers(ClassificationDataModule):
     class_names = tuple("0123456789")
+
     def make_dataset(self, split):
         return VectorDataset(torch.arange(900.0).unsqueeze(1), torch.arange(900) % 10) if split == "train" else None
+
 
 class Spy(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(1, 1)
         self.seen = {"labelled": [], "unlabelled": []}
+
     def training_step(self, batch, batch_idx):
         for name, (x, _) in batch.items():
             self.seen[name].append(x.flatten().int().tolist())
         return self.linear(batch["labelled"][0]).mean()
-    def on_train_end(self):
-        with open(f"{sys.argv[1]}/rank{self.global_rank}.json", "w") as file:
-            json.dump(self.seen, file)
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+
+def spy_on_a_share(rank, folder):
     data = SemiSupervisedDataModule(Numbers(), 5, labelled_batch_size=20, unlabelled_batch_size=64)
-    trainer = L.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )
-    trainer.fit(Spy(), datamodule=data)
-"""
+    spy = Spy()
+    trainer(folder, devices=2, strategy=DDPStrategy(process_group_backend="gloo")).fit(spy, datamodule=data)
+    (folder / f"rank{rank}.json").write_text(json.dumps(spy.seen))
+    torch.distributed.destroy_process_group()

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError
 from lightning_manifold_mixup._step.check.ghost import NoGhostError, ghost_of, isolated
 from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
-from tests.exactness import CLASSES, data, network
+from tests.exactness import CLASSES, Manual, data, network
 from tests.helpers import trainer
 
 
@@ -228,19 +228,11 @@ def test_a_module_that_cannot_be_copied_trains(caplog):
 
 
 def test_optimizers_and_schedulers_are_disarmed():
-    class Manual(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.model = network()
-
-        def training_step(self, batch, batch_idx):
-            optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self.model(batch[0]), batch[1]))
+    class Scheduled(Manual):
+        def step(self, optimizer):
             self.clip_gradients(optimizer, 0.1, "norm")
             optimizer.step()
-            scheduler.step()
+            self.lr_schedulers().step()
 
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
@@ -252,9 +244,8 @@ def test_optimizers_and_schedulers_are_disarmed():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             counts.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
 
-    module = Manual()
     loader = DataLoader(TensorDataset(*data()), 8)
-    trainer(ManifoldMixupCallback(layers=["model.1"], seed=0), Count()).fit(module, loader)
+    trainer(ManifoldMixupCallback(layers=["model.1"], seed=0), Count()).fit(Scheduled(F.cross_entropy), loader)
     assert counts == [(1, 0.05), (2, 0.025), (3, 0.0125)]
 
 

@@ -187,41 +187,44 @@ def _weights(y):
     return weights
 
 
+def used(loss, *targets):
+    """How a step uses its targets, which are called a, b, ..."""
+    with LabelUse(dict(zip("ab", targets, strict=False))) as use:
+        loss(NET(X), *targets)
+    return use
+
+
 @pytest.mark.parametrize("step", VALUE_STEPS)
 def test_values(step):
     y, loss = VALUE_STEPS[step]
-    with LabelUse({"y": y}) as use:
-        loss(NET(X), y)
-    assert use.verdict("y") == "values", use.evidence("y")
-    assert use.evidence("y").startswith("used as values by") or step == "not used"
+    use = used(loss, y)
+    assert use.verdict("a") == "values", use.evidence("a")
+    assert use.evidence("a").startswith("used as values by") or step == "not used"
 
 
 @pytest.mark.parametrize("step", CLASS_STEPS)
 def test_classes(step):
     y, loss, where = CLASS_STEPS[step]
-    with LabelUse({"y": y}) as use:
-        loss(NET(X), y)
-    assert use.verdict("y") == "classes", use.evidence("y")
-    assert use.evidence("y").startswith(f"read as classes by {where}")
-    assert "(test_usage.py, line " in use.evidence("y")
+    use = used(loss, y)
+    assert use.verdict("a") == "classes", use.evidence("a")
+    assert use.evidence("a").startswith(f"read as classes by {where}")
+    assert "(test_usage.py, line " in use.evidence("a")
 
 
 @pytest.mark.parametrize("step", MIXED_STEPS)
 def test_classes_beside_values(step):
     y, loss = MIXED_STEPS[step]
-    with LabelUse({"y": y}) as use:
-        loss(NET(X), y)
-    assert use.verdict("y") == "both", use.evidence("y")
-    assert "read as classes by" in use.evidence("y")
-    assert ", used as values by" in use.evidence("y")
+    use = used(loss, y)
+    assert use.verdict("a") == "both", use.evidence("a")
+    assert "read as classes by" in use.evidence("a")
+    assert ", used as values by" in use.evidence("a")
 
 
 @pytest.mark.parametrize("step", JOINT_STEPS)
 def test_targets_that_are_read_together(step):
     *targets, loss = JOINT_STEPS[step]
+    use = used(loss, *targets)
     floats = [key for key, y in zip("ab", targets, strict=True) if y.is_floating_point()]
-    with LabelUse(dict(zip("ab", targets, strict=True))) as use:
-        loss(NET(X), *targets)
     assert [use.verdict(key) for key in floats] == ["classes"] * len(floats)
     assert all(use.evidence(key).startswith("read together with another target by `") for key in floats)
 
@@ -229,9 +232,7 @@ def test_targets_that_are_read_together(step):
 @pytest.mark.parametrize("step", APART_STEPS)
 def test_targets_that_are_read_apart(step):
     *targets, loss = APART_STEPS[step]
-    with LabelUse(dict(zip("ab", targets, strict=True))) as use:
-        loss(NET(X), *targets)
-    assert use.verdict("b") == "values"
+    assert used(loss, *targets).verdict("b") == "values"
 
 
 def test_each_target_has_its_own_verdict():

@@ -220,7 +220,7 @@ for shape, dim in [((6, 4, 3), 0), ((3, 6, 7), 1), ((2, 3, 5), 2), ((4, 5000), 0
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         for transposed in (False, True):
             n = shape[dim]
-            for lam in (*map(torch.tensor, (0.0, 0.3, 0.5, 0.8, 1.0)), torch.rand(n), torch.rand(n).double()):
+            for lam in (*map(torch.tensor, (0.0, 0.3, 1.0)), torch.rand(n), torch.rand(n).double()):
                 h, permutation = torch.randn(shape).to(dtype), torch.rand(()) < 0.5 or transposed
                 partners = torch.randperm(n) if permutation else torch.randint(n, (n,))
                 mixed = kernels.interpolate(h, lam, partners, dim, transposed=transposed)
