@@ -15,7 +15,7 @@ from torchmetrics import Accuracy, MetricCollection
 
 from lightning_manifold_mixup import AlphaSchedule, ManifoldMixupCallback, MixedTarget, MixingError
 from lightning_manifold_mixup._step.labels.targets import plain
-from lightning_manifold_mixup.paper.models import preact_resnet18
+from lightning_manifold_mixup.paper.models import PreActResNet
 from tests.exactness import train
 from tests.helpers import (
     CLASSES,
@@ -46,7 +46,7 @@ class TestExactness:
 
     @pytest.mark.parametrize("layer", ["input", "model.layer1", "model.layer2"])
     def test_preact_resnet_one_step(self, layer):
-        net = preact_resnet18(num_classes=CLASSES, initial_channels=4)
+        net = PreActResNet(18, num_classes=CLASSES, initial_channels=4)
         ours, reference = Classifier(copy.deepcopy(net)), net
         [(name, lam, partners)] = fit(ours, ManifoldMixupCallback(layers=[layer], seed=1), loader(8))
         assert name == layer
@@ -554,7 +554,7 @@ class TestBadInput:
             fit(Classifier(), ManifoldMixupCallback(layers=layers))
 
     def test_bypassed_layer(self):
-        module = Classifier(preact_resnet18(num_classes=CLASSES, initial_channels=4))
+        module = Classifier(PreActResNet(18, num_classes=CLASSES, initial_channels=4))
         before = module.model.linear.weight.detach().clone()
         with pytest.raises(MisconfigurationException, match=r"'model.layer1.0.conv2' is bypassed.*'model.layer1.0'"):
             fit(module, ManifoldMixupCallback(layers=["model.layer1.0.conv2"]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, draw_mix
-from lightning_manifold_mixup.paper.models import MLP, preact_resnet18
+from lightning_manifold_mixup.paper.models import MLP, PreActResNet
 
 from .measure import Measure, Section
 
@@ -213,7 +213,7 @@ def networks(measure: Measure) -> Iterator[tuple[str, nn.Module, str, tuple[int,
     """Name, network, layer, input, classes, steps of a fit, target."""
     small = measure.device == "cpu"  # what a core does in minutes
     yield "MLP 3x512, batch 512", MLP(784, 10, (512, 512, 512)), "model.layer1", (512, 784), 10, 61, 1.15
-    net = preact_resnet18(10, initial_channels=16 if small else 64)
+    net = PreActResNet(18, 10, initial_channels=16 if small else 64)
     name = "PreActResNet18, width 16" if small else "PreActResNet18"
     yield f"{name}, batch 128", net, "model.layer1", (128, 3, 32, 32), 10, 13 if small else 61, 1.01
     vit = timm.create_model("vit_small_patch16_224", num_classes=1000)

@@ -5,7 +5,7 @@ Any other network goes into a recipe by its own path: ``torchvision.models.get_m
 
 from lightning_manifold_mixup.paper.models.conv_net import ConvNet
 from lightning_manifold_mixup.paper.models.mlp import MLP, BottleneckMLP, GaussianNoise
-from lightning_manifold_mixup.paper.models.preact_resnet import PreActResNet, preact_resnet18, preact_resnet34
+from lightning_manifold_mixup.paper.models.preact_resnet import PreActResNet
 from lightning_manifold_mixup.paper.models.text import TextConvNet, TextLSTM
 from lightning_manifold_mixup.paper.models.unet import UNet
 from lightning_manifold_mixup.paper.models.wide_resnet import WideResNet
@@ -20,6 +20,4 @@ __all__ = [
     "TextLSTM",
     "UNet",
     "WideResNet",
-    "preact_resnet18",
-    "preact_resnet34",
 ]

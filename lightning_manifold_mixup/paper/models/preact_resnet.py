@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_manifold_mixup.paper.models.blocks import stage
 
-__all__ = ["PreActResNet", "preact_resnet18", "preact_resnet34"]
+__all__ = ["PreActResNet"]
 
 
 class PreActResNet(nn.Module):
@@ -18,7 +18,7 @@ class PreActResNet(nn.Module):
     normalisation after the last stage. Any image size works, also 8x8.
 
     Args:
-        depth: 18 or 34.
+        depth: 18 (11.17 million parameters at 64 channels) or 34 (21.28 million).
         num_classes: number of logits.
         initial_channels: width of the first stage; 64 in the papers, 16 trains in minutes on two cores.
         in_channels: channels of the input images.
@@ -58,42 +58,6 @@ class PreActResNet(nn.Module):
         h = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         logits: Tensor = self.linear(h.mean(dim=(2, 3)))
         return logits
-
-
-def preact_resnet18(
-    num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
-) -> PreActResNet:
-    """``PreActResNet`` of depth 18: 11.17 million parameters.
-
-    Args:
-        num_classes: see ``PreActResNet``, as for the others.
-        initial_channels: of the first stage.
-        in_channels: of the images.
-        stride: of the first convolution.
-
-    Example:
-        >>> round(sum(parameter.numel() for parameter in preact_resnet18().parameters()) / 1e6, 2)
-        11.17
-    """
-    return PreActResNet(18, num_classes, initial_channels, in_channels, stride)
-
-
-def preact_resnet34(
-    num_classes: int = 10, initial_channels: int = 64, in_channels: int = 3, stride: int = 1
-) -> PreActResNet:
-    """``PreActResNet`` of depth 34: 21.28 million parameters.
-
-    Args:
-        num_classes: see ``PreActResNet``, as for the others.
-        initial_channels: of the first stage.
-        in_channels: of the images.
-        stride: of the first convolution.
-
-    Example:
-        >>> round(sum(parameter.numel() for parameter in preact_resnet34().parameters()) / 1e6, 2)
-        21.28
-    """
-    return PreActResNet(34, num_classes, initial_channels, in_channels, stride)
 
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
