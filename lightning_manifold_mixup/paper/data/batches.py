@@ -101,6 +101,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_v
 def collate(batch: Any) -> Any:
     """``default_collate``, for data sets that may already have returned a batch (from ``__getitems__``).
 
+    Args:
+        batch: a list of samples, or a batch, which is returned as it is.
+
     Example:
         >>> collate((torch.zeros(4, 2), torch.zeros(4)))[0].shape
         torch.Size([4, 2])
@@ -115,6 +118,14 @@ class LabelledDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     A label is a class (int64); for segmentation, a class for each pixel; for regression, a number. Subclasses define
     ``__getitems__``, which returns a batch for several indices: stacked inputs, and labels.
+
+    Example:
+        >>> class Squares(LabelledDataset):
+        ...     labels = torch.arange(5) ** 2
+        ...     def __getitems__(self, indices):
+        ...         return torch.tensor(indices).float(), self.labels[indices]
+        >>> Squares()[3], len(Squares())
+        ((tensor(3.), tensor(9)), 5)
     """
 
     labels: Tensor
@@ -257,8 +268,17 @@ def _for_all(function: Callable[[int], object], count: int) -> None:
 def read_image(path: str) -> Tensor:
     """Read an image file as RGB, (3, height, width) uint8.
 
+    Args:
+        path: of the file.
+
     Raises:
         ValueError: if PIL cannot read it, because it is truncated, for instance.
+
+    Example:
+        >>> read_image(__file__)
+        Traceback (most recent call last):
+            ...
+        ValueError: ...batches.py is no readable image (cannot identify image file ...
     """
     try:
         with require("PIL.Image", "cli").open(path) as file:
@@ -284,6 +304,9 @@ class ImageDataset(LabelledDataset):
 
     A sample is (float32 image (channels, height, width), int64 label); a batch, from ``__getitems__``, is both stacked.
     Draws come from torch's global generator, which a DataLoader seeds for each worker.
+
+    Raises:
+        ValueError: if there are not as many labels as images.
 
     Example:
         >>> data = ImageDataset(torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.arange(6), [0.5], [0.5], padding=1)

@@ -60,6 +60,9 @@ def row_names() -> list[str]:
 def is_row(name: str) -> bool:
     """Whether a name is that of a row of the paper's tables, as in the text or as in the public code (``-code``).
 
+    Args:
+        name: of a recipe.
+
     Example:
         >>> is_row("svhn-wrn28_10-manifold-code"), is_row("digits")
         (True, False)
@@ -70,6 +73,10 @@ def is_row(name: str) -> bool:
 def with_method(row: str, method: str) -> str:
     """Name the row of the same table for another method.
 
+    Args:
+        row: name of a row.
+        method: one of ``METHODS``.
+
     Example:
         >>> with_method("svhn-wrn28_10-manifold-code", "input")
         'svhn-wrn28_10-input-code'
@@ -79,7 +86,12 @@ def with_method(row: str, method: str) -> str:
 
 
 def names() -> list[str]:
-    """Name all recipes: the small ones, then the paper's rows."""
+    """Name all recipes: the small ones, then the paper's rows.
+
+    Example:
+        >>> names()[0], names()[-1]
+        ('cifar10_small', 'tinyimagenet-preactresnet18-manifold')
+    """
     return [*sorted(path.stem for path in _FOLDER.glob("*.yaml")), *row_names()]
 
 
@@ -135,7 +147,18 @@ def _subsets(parts: list[str], folder: Path) -> list[Path]:
 
 
 def read(files: Iterable[Path]) -> dict[str, Any]:
-    """Read YAML files, the later over the earlier."""
+    """Read YAML files, the later over the earlier.
+
+    Args:
+        files: as ``layers_of`` returns them.
+
+    Returns:
+        The configuration as nested dicts.
+
+    Example:
+        >>> read(layers_of("digits"))["trainer"]["max_epochs"]
+        60
+    """
     config: dict[str, Any] = {}
     for file in files:
         config = merge(config, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
@@ -144,6 +167,10 @@ def read(files: Iterable[Path]) -> dict[str, Any]:
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Lay one configuration over another: dicts key by key, all else is replaced, the arguments of another class too.
+
+    Args:
+        below: a configuration.
+        above: another, which counts where both have a value.
 
     Example:
         >>> merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}})
