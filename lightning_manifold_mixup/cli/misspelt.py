@@ -9,6 +9,7 @@ from pydoc import locate
 from typing import Any
 
 from lightning_manifold_mixup._step.extras import require
+from lightning_manifold_mixup.cli.request import handed_on
 
 __all__ = ["shortened"]
 
@@ -58,4 +59,4 @@ def _arguments(path: str) -> list[str]:
     add: Callable[..., list[str]] = (
         parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
     )
-    return [name.removeprefix("x.") for name in add(target, "x", fail_untyped=False)]
+    return [*(name.removeprefix("x.") for name in add(target, "x", fail_untyped=False)), *handed_on(target)]

@@ -175,6 +175,10 @@ def test_help_lists_every_command(capsys) -> None:
         (["fit", "--trainer.max_epok=3"], "--trainer.max_epok; did you mean trainer.max_epochs?"),
         (["fit", "--trainer.max_epochs=three"], "trainer.max_epochs"),
         (["fit", "--model.init_args.alhpa=3"], "no option alhpa of ManifoldMixupModule; did you mean alpha?"),
+        (
+            ["fit", "--model.model=timm.create_model", "--model.model.numclasses=3"],
+            "create_model; did you mean num_classes?",
+        ),
         (["fit", "--data.init_args.batchsize=3"], "no option batchsize of DigitsDataModule; did you mean batch_size?"),
         (
             ["fit", "--config=digits", "--config=wrong.yaml"],
