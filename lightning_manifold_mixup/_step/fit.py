@@ -198,7 +198,7 @@ class Fit:
         # compiler adds nodes of its own while it traces.
         built = id(step.site.places), modes_of(self._parts), loss is None or self._compiled or nodes
         calls, checked = step.hook.calls if step.hook else 0, self._checked or failure is not None
-        if proof.is_new(layer, passes, built, calls, reads=bool(self._answers.new), checked=checked):
+        if proof.is_new(layer, passes, built, calls, reads=self._answers.new, checked=checked):
             decided = proof.passes
             self._prove([layer], step, wanted, again=True)
             if proof.passes != decided:
@@ -212,7 +212,7 @@ class Fit:
     def _prepare(self, step: Step) -> int:
         """How often the step is to run; and what it needs, should that turn out to be wrong."""
         proof, passes = self.proof, self.options.passes
-        able = self.module.automatic_optimization and not step.superposition.lam.ndim
+        able = proof.copies and self.module.automatic_optimization and not step.superposition.lam.ndim
         step.reader = self._answers = Answers(proof.harmless, deciding=passes == 1 and proof.enabled)
         step.superposition.forgiving = able and passes == "auto"
         # Where the oracles have seen nothing of the kind, PyTorch's alone, or none: to note them all takes time.
@@ -272,7 +272,7 @@ class Fit:
                 f"Manifold Mixup, self-check: {error}, so the checks on a copy are left out, and this first batch is "
                 "observed without being mixed."
             )
-            self.proof.enabled = False
+            self.proof.without_copies()
             seen = watch(self.module, call, step.site, step.mixes, training_step)
             real = (seen.output,)
         if seen.report is None:  # the user skips this batch

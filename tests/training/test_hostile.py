@@ -1,6 +1,7 @@
 """Training steps that no rule for tensors can follow: exact all the same, or refused before any weight has changed."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -386,5 +387,26 @@ def test_oracles_see_through_reentrant_checkpoints(automatic, caplog):
     assert "no verdict" not in caplog.text
 
 
-def fit(module):
-    train(module, DataLoader(TensorDataset(*data()), 8), ManifoldMixupCallback(layers=["model.1"], seed=0))
+def fit(module, n=24):
+    batches = DataLoader(TensorDataset(*data(n)), 8)
+    return train(module, batches, ManifoldMixupCallback(layers=["model.1"], seed=0))[1]
+
+
+def uncopied(loss):
+    module = Module(loss, network())
+    module.numbers = (i for i in range(9))  # a generator, as an iterator over further data is, cannot be copied
+    return module
+
+
+def test_a_module_without_a_copy_is_told_of_reads_that_nobody_can_check():
+    reads = r"test_hostile\.py, line \d+, reads what depends on the labels.*mixed_loss"
+    assert sum(re.search(reads, message) is not None for message in fit(uncopied(branch_on_its_number))) == 1
+    assert not any("reads what" in message for message in fit(uncopied(F.cross_entropy)))
+
+
+def test_a_module_without_a_copy_is_refused_a_step_that_needs_one():
+    def doubled(z, y):
+        return F.cross_entropy(z, y) * (2 if y[0] < y[1] else 1)
+
+    with pytest.raises(MixingError, match=r"cannot go on with both\. .*mixed_loss"):
+        fit(uncopied(doubled), n=96)

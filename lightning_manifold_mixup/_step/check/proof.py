@@ -16,7 +16,7 @@ from lightning_manifold_mixup._step.check.padding import all_seen, mask_from_tok
 from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
 from lightning_manifold_mixup._step.check.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
-from lightning_manifold_mixup._step.labels.reads import Line
+from lightning_manifold_mixup._step.labels.reads import Line, place_of
 from lightning_manifold_mixup._step.labels.targets import MixingError
 from lightning_manifold_mixup._step.step import Site
 
@@ -37,12 +37,14 @@ class Proof:
 
     Attributes:
         passes: how often the training step runs for a mixed batch; None until that is decided.
+        copies: whether the module can be copied, as far as anybody knows.
         harmless: lines of code that read values which depend on the labels, without an effect on the loss.
     """
 
     def __init__(self, trainer: Any, *, enabled: bool, passes: Passes, decided: int | None) -> None:
         self.trainer = trainer
         self.enabled = enabled
+        self.copies = True
         self._wanted = passes
         self.passes = 2 if passes == 2 else decided
         self.harmless: set[Line] = set()
@@ -88,7 +90,13 @@ class Proof:
         unproven = self._wanted == "auto" and ("pair", layer) in self._open
         return 2 if unproven else self.passes or 1
 
-    def is_new(self, layer: str, passes: int, built: Any, calls: int, *, reads: bool, checked: bool) -> bool:
+    def without_copies(self) -> None:
+        """Ask no oracles from here on, since the module, or the batch, cannot be copied."""
+        self.enabled = self.copies = False
+
+    def is_new(
+        self, layer: str, passes: int, built: Any, calls: int, *, reads: Collection[Line], checked: bool
+    ) -> bool:
         """Whether a training step was built otherwise than all before it, and is to be checked again.
 
         Args:
@@ -96,16 +104,22 @@ class Proof:
             passes: how often it ran.
             built: what tells how it was built, whatever the layer.
             calls: how often the layer was called.
-            reads: whether lines of code have read labels that the oracles know nothing of.
+            reads: lines of code that have read labels, and that the oracles know nothing of.
             checked: whether the oracles have been asked about this batch.
         """
         self._steps += 1
+        if reads and not self.copies:
+            self._warn(
+                f"{place_of(next(iter(reads)))} reads what depends on the labels, and nothing shows here whether the "
+                "loss depends on that. If it does, it goes on with the dominant labels alone: compute it with "
+                "`mixed_loss(function, logits, y)`, or in a criterion module (nn.Module)"
+            )
         how = passes, built, layer, calls
         if how == self._last and not reads:
             return False
         seen, seen_calls = self._seen.setdefault(passes, set()), self._seen.setdefault(layer, set())
         new = (built not in seen and bool(seen)) or (calls not in seen_calls and bool(seen_calls))
-        wanted = (new or reads) and self.enabled and not checked
+        wanted = (new or bool(reads)) and self.enabled and not checked
         if wanted and not reads:
             if self._steps < self._wait_until:
                 return False
@@ -151,7 +165,7 @@ class Proof:
                     failure, reason = self._pairs(trials, sites, draws)
             except NoGhostError as error:
                 self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
-                self.enabled = False
+                self.without_copies()
         together = bool if again else self._on_all_ranks
         once = together(reason is None)
         if not once and failure is None:

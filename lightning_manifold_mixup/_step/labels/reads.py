@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_manifold_mixup._step.check.usage import in_torchmetrics
+from lightning_manifold_mixup._step.labels.pairs import REMEDY
 from lightning_manifold_mixup._step.labels.targets import MixingError, SuperpositionError
 
 # More reads than this are taken for a loop that waits for another value.
@@ -35,6 +36,17 @@ def reading_line() -> Line:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
     return frame.f_code, frame.f_lineno
+
+
+def place_of(line: Line) -> str:
+    """Name a line of code for people.
+
+    Example:
+        >>> place_of((compile("1", "/home/me/train.py", "eval"), 7))
+        'train.py, line 7,'
+    """
+    code, number = line
+    return f"{Path(code.co_filename).name}, line {number},"
 
 
 class Reads:
@@ -140,6 +152,6 @@ class Answers:
         if not self._deciding and isinstance(first, bool) and first != second:
             raise SuperpositionError(
                 f"`{name}` of a value that depends on the labels is {first} for the dominant labels and {second} for "
-                "the others, so Python cannot go on with both."
+                f"the others, so Python cannot go on with both. {REMEDY}"
             )
         return shown

@@ -218,8 +218,9 @@ def test_a_module_that_cannot_be_copied_trains(caplog):
     with pytest.raises(NoGhostError, match=r"Full cannot be copied.*a connection to a database"):
         ghost_of(module)
     before = {name: value.clone() for name, value in module.named_parameters()}
-    with caplog.at_level("INFO"):
-        trainer(ManifoldMixupCallback(layers=["model.1"], seed=0)).fit(module, DataLoader(TensorDataset(*data()), 8))
+    batches = DataLoader(TensorDataset(*data()), 8)
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="reads what depends on the labels"):
+        trainer(ManifoldMixupCallback(layers=["model.1"], seed=0)).fit(module, batches)
     lines = [record.message for record in caplog.records if "a connection to a database" in record.message]
     assert len(lines) == 1
     assert "the checks on a copy are left out" in lines[0]
