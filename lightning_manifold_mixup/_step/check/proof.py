@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, cycle
 from typing import Any, Literal
@@ -95,7 +95,7 @@ class Proof:
         self.enabled = self.copies = False
 
     def is_new(
-        self, layer: str, passes: int, built: Any, calls: int, *, reads: Collection[Line], checked: bool
+        self, layer: str, passes: int, built: Any, calls: int, *, reads: Mapping[Line, str], checked: bool
     ) -> bool:
         """Whether a training step was built otherwise than all before it, and is to be checked again.
 
@@ -104,13 +104,14 @@ class Proof:
             passes: how often it ran.
             built: what tells how it was built, whatever the layer.
             calls: how often the layer was called.
-            reads: lines of code that have read labels, and that the oracles know nothing of.
+            reads: lines of code that have read labels, and that the oracles know nothing of; and how they did.
             checked: whether the oracles have been asked about this batch.
         """
         self._steps += 1
-        if reads and not self.copies:
+        others = [line for line, how in reads.items() if how != "compute"]  # a metric's value seldom gets into a loss
+        if others and not self.copies:
             self._warn(
-                f"{place_of(next(iter(reads)))} reads what depends on the labels, and nothing shows here whether the "
+                f"{place_of(others[0])} reads what depends on the labels, and nothing shows here whether the "
                 "loss depends on that. If it does, it goes on with the dominant labels alone: compute it with "
                 "`mixed_loss(function, logits, y)`, or in a criterion module (nn.Module)"
             )

@@ -136,19 +136,19 @@ class Answers:
         deciding: whether other lines may decide by what they read, because the oracles are asked about them at once.
 
     Attributes:
-        new: those other lines.
+        new: those other lines, and by what they read.
     """
 
     def __init__(self, harmless: Collection[Line] = (), *, deciding: bool = False) -> None:
         self._harmless, self._deciding = harmless, deciding
-        self.new: set[Line] = set()
+        self.new: dict[Line, str] = {}
 
     def __call__(self, name: str, first: Any, second: Any, shown: Any) -> Any:
         """Return what is read."""
         line = reading_line()
         if line in self._harmless:
             return shown
-        self.new.add(line)
+        self.new[line] = name
         if not self._deciding and isinstance(first, bool) and first != second:
             raise SuperpositionError(
                 f"`{name}` of a value that depends on the labels is {first} for the dominant labels and {second} for "
