@@ -193,8 +193,9 @@ class ManifoldMixupCallback(Callback):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._fit is not None and pl_module.automatic_optimization:
-            self._fit.disarm_hooks()
+        if self._fit is not None and self._fit.step is not None and pl_module.automatic_optimization:
+            self._fit.end_batch()
+            self._fit.step.check_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:

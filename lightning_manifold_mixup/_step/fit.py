@@ -89,10 +89,9 @@ class Fit:
         self.proof = Proof(trainer, enabled=options.self_check, passes=options.passes, decided=state.passes)
         self.draws = Draws(state.seed, trainer.global_rank)
         self.step: Step | None = None
-        self.observes = False
         self._observed: _Observed | None = None
         self._mixed = 0
-        self._plain_inputs = False
+        self.observes = self._plain_inputs = False
         self._checked = False  # in this batch
         self._compared = 0  # up to which batch the compiled step was compared with the eager one
         self._hooks: dict[str, MixingHook] = {}
@@ -145,13 +144,15 @@ class Fit:
 
     def disarm(self) -> None:
         """Mix nothing until ``arm`` is called again."""
+        self.end_batch()
         self.step = None
-        self.disarm_hooks()
 
-    def disarm_hooks(self) -> None:
-        """Mix no further forward pass in this batch."""
+    def end_batch(self) -> None:
+        """Mix no further forward pass in this batch, and end the superposition of its labels."""
         for hook in self._armed:
             hook.disarm()
+        if self.step is not None:
+            self.step.superposition.close()
 
     def leave(self) -> None:
         """Give ``training_step`` back until the next batch is armed."""

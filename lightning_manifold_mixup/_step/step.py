@@ -194,7 +194,7 @@ class Step:
             self.hooks = [hook]
         superposition = self.superposition
         superposition.open, superposition.used, superposition.reader = True, False, self.reader
-        superposition.failure = None
+        superposition.failure, superposition.read_late = None, False
         try:
             batch = self.site.mixed(call.batch, self.mixes, self.mixes, "superposed", superposition)
             args, kwargs = call.on(batch)
@@ -205,7 +205,7 @@ class Step:
             del batch, args, output  # what nobody holds from here on needs not be made plain
             return result
         finally:
-            superposition.close()
+            superposition.open = False
 
     def twice(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
         """Run two passes, one for each labelling: the module sees the dominant labels, a ghost of it the others."""
@@ -303,6 +303,19 @@ class Step:
         """
         if self.superposition.used and self.site.layer != INPUT and self.hooks and not self.hooks[0].calls:
             raise self.unmixed()
+
+    def check_backward(self) -> None:
+        """Check after the backward pass that nothing in it has read the labels, which were plain by then.
+
+        Raises:
+            MixingError: if a hook or an activation checkpoint has.
+        """
+        if self.superposition.read_late:
+            raise MixingError(
+                f"{self.where} code that runs in the backward pass (a hook, an activation checkpoint) has read the "
+                "labels, and got the dominant ones alone. Set `passes=2`, which runs the training step once for each "
+                "labelling. No weight has changed in this step."
+            )
 
     @property
     def nodes(self) -> int:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError, mixed_loss
-from tests.exactness import CLASSES, Module, assert_exact, data, network, train
+from tests.exactness import CLASSES, Module, assert_exact, by_hand, data, network, train
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0], dtype=torch.float64)
 
@@ -410,3 +410,44 @@ def test_a_module_without_a_copy_is_refused_a_step_that_needs_one():
 
     with pytest.raises(MixingError, match=r"cannot go on with both\. .*mixed_loss"):
         fit(uncopied(doubled), n=96)
+
+
+class ScalesGradients(Module):
+    """Weighs the gradient of a hidden state by class, far below the last layers, whose gradients the oracles see."""
+
+    def __init__(self):
+        first, *middle, last = network()
+        more = [layer for _ in range(3) for layer in (nn.Linear(10, 10), nn.Tanh())]
+        super().__init__(F.cross_entropy, nn.Sequential(first, *middle, *more, last).double())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.weighed(self.model[:2](x), y)
+
+    def weighed(self, h, y):
+        if h.requires_grad:
+            h.register_hook(lambda g: g * (1 + y.to(g))[:, None])
+        return self.loss(self.model[2:](h), y)
+
+
+@pytest.mark.parametrize("layer", ["model.1", "input"])
+def test_labels_read_far_back_in_the_backward_pass(layer):
+    """Refused before the optimizer steps; exact in two passes."""
+    module = ScalesGradients()
+    weights = [parameter.clone() for parameter in module.parameters()]
+    with pytest.raises(MixingError, match=r"code that runs in the backward pass.*Set `passes=2`"):
+        train(module, DataLoader(TensorDataset(*data()), 8), ManifoldMixupCallback(layers=[layer], seed=0))
+    assert all(map(torch.equal, module.parameters(), weights))
+
+    callback, batches = ManifoldMixupCallback(layers=[layer], seed=0, passes=2), DataLoader(TensorDataset(*data()), 8)
+    seen, _ = train(module, batches, callback)
+
+    def step(twin, batch, choose, mix):
+        x, y = batch
+        return twin.weighed(twin.model[:2](mix(x)) if layer == "input" else mix(twin.model[:2](x)), choose(y))
+
+    for (draw, weights, value, grads), batch in zip(seen, batches, strict=True):
+        wanted, wanted_grads = by_hand(module, step, batch, draw, weights)
+        torch.testing.assert_close(value, wanted)
+        for name, grad in wanted_grads.items():
+            torch.testing.assert_close(grads[name], grad)

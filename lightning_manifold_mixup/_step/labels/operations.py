@@ -36,8 +36,9 @@ def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     found = [t for t in tensors((args, kwargs)) if isinstance(t, Superposed)]
     sources = [t for t in found if t.superposition.open]
     if not sources:  # the loss has been taken
-        for tensor in found:
-            tensor.superposition.read_late = True
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            for tensor in found:
+                tensor.superposition.read_late = True
         return func(*_under(args, shown_value), **_under(kwargs, shown_value))
     superposition = sources[0].superposition
     summed = [source for source in sources if source.superposition.summed]

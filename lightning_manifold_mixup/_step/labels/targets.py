@@ -54,12 +54,13 @@ class Superposition:
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
         inspected: whether the code knows of the superposition: it has asked for one of the labellings.
-        open: until ``close``; from then on its tensors are ordinary ones.
+        open: until the loss has been taken. From then on its tensors have the value shown; after ``close`` they are
+            ordinary ones.
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
         forgiving: whether the step goes on with the dominant labels alone where superposition cannot go on.
         failure: why it did so.
         summed: whether it is of losses whose samples have a lam each, and were summed up by it.
-        read_late: whether code has read it when it was not open any more, but not yet closed: in the backward pass.
+        read_late: whether code that runs in the backward pass has read it, when it was not open any more.
     """
 
     used = holds_labels = inspected = forgiving = summed = read_late = False
