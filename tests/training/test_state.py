@@ -115,10 +115,23 @@ class WrittenInTurn(Net):
         return F.cross_entropy(z, y, self.counts + 0.1) + sums.pow(2).mean()
 
 
+class Decaying(Net):
+    """Class counts that are written into, then replaced: what a batch leaves there is written into by the next one."""
+
+    def init(self):
+        self.register_buffer("counts", torch.ones(CLASSES, dtype=torch.float64))
+
+    def loss(self, z, y):
+        self.counts[y] += 1
+        loss = F.cross_entropy(z, y, self.counts)
+        self.counts = self.counts * 0.9
+        return loss
+
+
 @LAYERS
-@pytest.mark.parametrize("kind", [Prototypes, WrittenInTurn])
-def test_what_is_written_into_several_times_keeps_the_last(kind, layer):
-    assert_formula(kind(), pairs(), layer)
+@pytest.mark.parametrize(("kind", "passes"), [(Prototypes, 1), (WrittenInTurn, 2), (Decaying, 1)])
+def test_what_is_written_into_several_times_keeps_the_last(kind, passes, layer):
+    assert_formula(kind(), pairs(), layer, passes=passes)
 
 
 class Measures(Net):

@@ -119,8 +119,10 @@ class Superposition:
         kind = KINDS[dtype.is_floating_point or dtype.is_complex]
         if apart:
             tensor.__class__ = kind
-        else:
+        elif first.requires_grad or torch.compiler.is_compiling():
             tensor = first.as_subclass(kind)
+        else:  # no view: who keeps it may write into it after the batch
+            tensor = Tensor._make_subclass(kind, first)
         tensor.first, tensor.second, tensor.superposition = first, second, self
         tensor.steady, tensor.averaged, tensor.apart = steady, averaged, apart
         if not torch.compiler.is_compiling():
