@@ -205,7 +205,7 @@ class Step:
             del batch, args, output  # what nobody holds from here on needs not be made plain
             return result
         finally:
-            superposition.open = False
+            superposition.end()
 
     def twice(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
         """Run two passes, one for each labelling: the module sees the dominant labels, a ghost of it the others."""

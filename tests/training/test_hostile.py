@@ -295,6 +295,12 @@ def by_where(z, y):
     return torch.where(a < b, a, b * 2)
 
 
+def shape_in_a_checkpoint(z, y):
+    """The backward pass asks for the shape of the labels, and not for what they are."""
+    z = checkpoint(lambda z, y: z * len(y) / y.shape[0] * y.dim(), z, y, use_reentrant=False)
+    return F.cross_entropy(z, y)
+
+
 def as_a_whole(z, y):
     return mixed_loss(hungarian, z, y)
 
@@ -305,7 +311,8 @@ def gradient_penalty(z, y):
 
 
 ONCE = [
-    top_losses, median_and_kth, integers_of_one_hot, rewritten, ignored, logged, by_where, as_a_whole, gradient_penalty
+    top_losses, median_and_kth, integers_of_one_hot, rewritten, ignored, logged, by_where, as_a_whole, gradient_penalty,
+    shape_in_a_checkpoint,
 ]  # fmt: skip
 
 

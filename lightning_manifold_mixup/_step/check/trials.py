@@ -165,7 +165,7 @@ class Trials:
             drawn = self.train and not same_random_states(states_before, states_after)
             loss = plain(loss_of(output)) if ghost.automatic_optimization else None
             if superposition is not None:  # as in training: what runs in the backward pass sees plain labels
-                superposition.open = False
+                superposition.end()
             if loss is not None:
                 heads.note_loss(loss, beside)
             used = superposition is None or superposition.used or not superposition.holds_labels

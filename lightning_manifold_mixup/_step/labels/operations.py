@@ -36,7 +36,8 @@ def evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     found = [t for t in tensors((args, kwargs)) if isinstance(t, Superposed)]
     sources = [t for t in found if t.superposition.open]
     if not sources:  # the loss has been taken
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if in_backward and _is_of_values(name):
             for tensor in found:
                 tensor.superposition.read_late = True
         return func(*_under(args, shown_value), **_under(kwargs, shown_value))
@@ -84,6 +85,13 @@ def _on_both(name: str, func: Function, args: Any, kwargs: Any, superposition: S
     steady &= not _by_position(name, args)
     averaged = recorded or any(isinstance(t, Superposed) and t.averaged for t in read)
     return paired(first, second, superposition, steady=steady, averaged=averaged)
+
+
+def _is_of_values(name: str) -> bool:
+    """Whether a function is of the values of its tensors, not of their shape or of them as objects."""
+    if name.startswith("get "):
+        return name[4:] in _VALUES and name != "get shape"
+    return name not in _SHAPES and _RULES.get(name) is not _of_the_object
 
 
 def _by_position(name: str, args: Any) -> bool:
@@ -286,6 +294,10 @@ def _is_linear(name: str, args: Any, count: int) -> bool:
 
 # A property that is a value; all others (grad_fn, device, ...) are of the object.
 _VALUES = {"data", "shape", "T", "mT", "H", "mH", "real", "imag"}
+_SHAPES = {
+    "size", "dim", "ndimension", "numel", "nelement", "__len__", "stride", "is_contiguous", "is_floating_point",
+    "get_device", "element_size",
+}  # fmt: skip
 # Whether a value is finite differs between the labellings only if training has diverged anyway.
 _STEADY = {"isnan", "isinf", "isfinite"}
 _DECISIONS = {"__bool__", "is_nonzero", "__index__", "__contains__"}

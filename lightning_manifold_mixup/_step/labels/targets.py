@@ -54,8 +54,7 @@ class Superposition:
         used: whether a value with a gradient has come out of it, that is, whether a loss has seen the labels.
         holds_labels: whether any labels have been put into it.
         inspected: whether the code knows of the superposition: it has asked for one of the labellings.
-        open: until the loss has been taken. From then on its tensors have the value shown; after ``close`` they are
-            ordinary ones.
+        open: until ``end``.
         reader: decides what Python code gets that reads a value on the host; None gives the value shown.
         forgiving: whether the step goes on with the dominant labels alone where superposition cannot go on.
         failure: why it did so.
@@ -163,8 +162,14 @@ class Superposition:
         self.failure = error
         self.close(dominant=True)
 
+    def end(self) -> None:
+        """End the superposition, since the loss has been taken: its tensors have the value shown from now on."""
+        self.open = False
+        if self._reduced is not None:
+            self._reduced.open = False
+
     def close(self, *, dominant: bool = False) -> None:
-        """End the superposition: tensors that somebody has kept are plain from now on.
+        """Make ordinary tensors of those that somebody has kept.
 
         They hold the value shown; what was there before, and was written into, holds the dominant value, as after one
         ordinary step.
@@ -172,9 +177,7 @@ class Superposition:
         Args:
             dominant: all hold the dominant value.
         """
-        self.open = False
-        if self._reduced is not None:
-            self._reduced.open = False
+        self.end()
         for reference in self._alive:
             if (tensor := reference()) is not None:
                 shown = None
