@@ -137,6 +137,61 @@ def test_every_rank_has_the_layers_of_rank_zero(runs):
     assert list(first) == list(second) == ["input", "model.conv1", "model.layer1"]
 
 
+class Gathers(Classifier):
+    """Compares its samples with those of all processes, as contrastive losses do."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        z = self(x)
+        everywhere = self.all_gather(z, sync_grads=True).flatten(0, 1), self.all_gather(y).flatten(0, 1)
+        return contrast(z, y, *everywhere)
+
+
+def contrast(z, y, all_z, all_y):
+    same = (y[:, None] == all_y).to(z.dtype)
+    return F.cross_entropy(z, y) - (same * (z @ all_z.T).log_softmax(1)).mean()
+
+
+def gathering_worker(rank, net, folder):
+    module, callback = Gathers(copy.deepcopy(net)), ManifoldMixupCallback(layers=LAYERS)
+    draws = Draws(callback)
+    t = trainer(callback, draws, strategy=strategy_of("ddp"), devices=2, max_steps=3, use_distributed_sampler=False)
+    t.fit(module, DataLoader(data(), BATCH, sampler=range(rank, 2 * STEPS * BATCH, 2)))
+    torch.save((draws.drawn, module.model.state_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_labels_that_are_gathered_from_all_processes(tmp_path):
+    """The labels of the others are those of the same kind: the dominant ones, or the others of each process."""
+    torch.manual_seed(0)
+    net = Net()
+    together(gathering_worker, net, str(tmp_path))
+    runs = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    x, y = data().tensors
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(3):
+        logits, pairs, weights = [], [], []
+        for rank in range(2):
+            index = torch.arange(rank, len(x), 2)[step * BATCH : (step + 1) * BATCH]
+            layer, lam, partners = runs[rank][0][step]
+            before, after = net.states(x)[layer]
+            h, labels = before(x[index]), y[index]
+            logits.append(after(lam * h + (1 - lam) * h[partners]))
+            dominant = [(lam, labels), (1 - lam, labels[partners])]
+            (first, second) = dominant if lam >= 0.5 else dominant[::-1]
+            pairs.append((first[1], second[1]))
+            weights.append((first[0], second[0]))
+        for rank in range(2):
+            for kind in range(2):
+                gathered = torch.cat([pair[kind] for pair in pairs])
+                loss = contrast(logits[rank], pairs[rank][kind], torch.cat(logits), gathered)
+                (weights[rank][kind] * loss / 2).backward(retain_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    for _, weights in runs:
+        torch.testing.assert_close(weights, net.state_dict(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_fsdp1():
     module = Classifier(Net())
