@@ -155,6 +155,7 @@ def rows_of(name):
 
 
 TABLE = {
+    "CIFAR-10, 5,000": ("map", "cifar10_small-5000", None, [("error", 100), ("nll", 1)]),
     "digits": ("calibration", "digits-calibration", None, [("error", 100), ("ece", 100)]),
     "text (MR": ("text", "text", "mr", [("error", 100), ("nll", 1)]),
     "shapes": ("segmentation", "shapes", None, [("iou", 100), ("nll", 1)]),
