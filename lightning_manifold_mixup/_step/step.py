@@ -205,7 +205,8 @@ class Step:
             del batch, args, output  # what nobody holds from here on needs not be made plain
             return result
         finally:
-            superposition.end()
+            # The backward pass that is to come must not read the labels; a step of manual optimization has had its own.
+            (superposition.end if self.module.automatic_optimization else superposition.close)()
 
     def twice(self, training_step: Callable[..., Any], call: Call, hook: MixingHook | None = None) -> Any:
         """Run two passes, one for each labelling: the module sees the dominant labels, a ghost of it the others."""

@@ -3,6 +3,7 @@
 import logging
 import re
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_manifold_mixup import ManifoldMixupCallback, MixingError, mixed_loss
 from tests.exactness import CLASSES, Module, assert_exact, by_hand, data, network, train
+from tests.helpers import trainer
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0], dtype=torch.float64)
 
@@ -458,3 +460,29 @@ def test_labels_read_far_back_in_the_backward_pass(layer):
         torch.testing.assert_close(value, wanted)
         for name, grad in wanted_grads.items():
             torch.testing.assert_close(grads[name], grad)
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_labels_that_a_step_keeps_are_plain_when_the_batch_is_over(automatic):
+    """For callbacks before ours, too, where the step has had its backward pass itself."""
+
+    class Keeps(Module):
+        automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            self.kept = batch[1]
+            loss = super().training_step(batch, batch_idx)
+            if automatic:
+                return loss
+            self.manual_backward(loss)
+            return self.optimizers().step()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert type(self.kept) is torch.Tensor
+
+    class Before(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert type(pl_module.kept) is torch.Tensor
+
+    callback = ManifoldMixupCallback(layers=["model.1"], seed=0)
+    trainer(Before(), callback).fit(Keeps(F.cross_entropy), DataLoader(TensorDataset(*data()), 8))

@@ -108,13 +108,8 @@ class Proof:
             checked: whether the oracles have been asked about this batch.
         """
         self._steps += 1
-        others = [line for line, how in reads.items() if how != "compute"]  # a metric's value seldom gets into a loss
-        if others and not self.copies:
-            self._warn(
-                f"{place_of(others[0])} reads what depends on the labels, and nothing shows here whether the "
-                "loss depends on that. If it does, it goes on with the dominant labels alone: compute it with "
-                "`mixed_loss(function, logits, y)`, or in a criterion module (nn.Module)"
-            )
+        if reads and not self.copies:
+            self._warn_of(reads)
         how = passes, built, layer, calls
         if how == self._last and not reads:
             return False
@@ -266,6 +261,15 @@ class Proof:
             )
         self.run_twice(reason, again=again)
         return None
+
+    def _warn_of(self, reads: Mapping[Line, str]) -> None:
+        """Warn of a line that nobody can check, unless it reads a metric, whose value seldom gets into a loss."""
+        if (line := next((line for line, how in reads.items() if how != "compute"), None)) is not None:
+            self._warn(
+                f"{place_of(line)} reads what depends on the labels, and nothing shows here whether the loss depends "
+                "on that. If it does, it goes on with the dominant labels alone: compute it with "
+                "`mixed_loss(function, logits, y)`, or in a criterion module (nn.Module)"
+            )
 
     def _on_all_ranks(self, decision: bool) -> bool:  # noqa: FBT001
         return bool(self.trainer.strategy.reduce_boolean_decision(decision, all=True))
