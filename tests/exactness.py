@@ -1,6 +1,7 @@
 """A training step under the callback, held against the same step run by hand on y and on y[partners]."""
 
 import copy
+import dataclasses
 import warnings
 
 import lightning as L
@@ -68,11 +69,13 @@ class Watch(L.Callback):
         self.callback, self.seen = callback, []
 
     def on_before_backward(self, trainer, pl_module, loss):
-        weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-        self.seen.append([self.callback.last_draw, weights, loss.detach().clone(), None])
+        weights = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
+        draw = self.callback.last_draw
+        draw = None if draw is None else dataclasses.replace(draw, mix=draw.mix.to("cpu"))
+        self.seen.append([draw, weights, loss.detach().cpu().clone(), None])
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        grads = {n: None if p.grad is None else p.grad.clone() for n, p in pl_module.named_parameters()}
+        grads = {n: None if p.grad is None else p.grad.cpu().clone() for n, p in pl_module.named_parameters()}
         self.seen[-1][3] = grads
 
 

@@ -1,4 +1,9 @@
-"""Small modules, data and trainers that the tests share. The modules know nothing of mixup."""
+"""Small modules, data and trainers that the tests share. The modules know nothing of mixup.
+
+On a machine with a GPU, ``TEST_ACCELERATOR=gpu pytest ...`` trains there instead of on the CPU.
+"""
+
+import os
 
 import lightning as L
 import torch
@@ -8,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
 CLASSES = 4
+ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
 
 
 class ConvNet(nn.Module):
@@ -83,7 +89,7 @@ def loader(n=24, batch_size=8, shuffle=False, **kwargs):
 def trainer(*callbacks, **kwargs):
     defaults = {
         "max_epochs": 1,
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
@@ -101,7 +107,7 @@ class Draws(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         draw = self.callback.last_draw
-        self.drawn.append(None if draw is None else (draw.layer, draw.mix.lam, draw.mix.partners))
+        self.drawn.append(None if draw is None else (draw.layer, draw.mix.lam.cpu(), draw.mix.partners.cpu()))
 
 
 def weights_of(module):

@@ -27,8 +27,11 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 class Repeated(IterableDataset[Any]):
     """One batch, again and again: no time goes into data."""
 
-    def __init__(self, shape: tuple[int, ...], classes: int, times: int) -> None:
-        self.batch, self.times = (torch.randn(shape), torch.randint(classes, (shape[0],))), times
+    def __init__(self, shape: tuple[int, ...], classes: int, times: int, device: str = "cpu") -> None:
+        x, y = torch.randn(shape, device=device), torch.randint(classes, (shape[0],), device=device)
+        if device == "cuda" and x.ndim == 4:
+            x = x.to(memory_format=torch.channels_last)
+        self.batch, self.times = (x, y), times
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self.batch] * self.times)
@@ -179,7 +182,10 @@ class Spy(L.Callback):
 def fit(measure: Measure, module: Classifier, shape: tuple[int, ...], classes: int, steps: int, **kwargs: Any) -> Spy:
     """Some steps of training; kwargs are `memory`, `warm_up`, `callbacks` and of the Trainer."""
     spy = Spy(measure, steps, kwargs.pop("memory", False), kwargs.pop("warm_up", WARM_UP))
-    options: dict[str, Any] = {"accelerator": "gpu" if measure.device == "cuda" else "cpu", "devices": 1} | kwargs
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    if measure.device == "cuda":
+        options |= {"accelerator": "gpu", "precision": "bf16-mixed"}
+    options |= kwargs
     trainer = L.Trainer(
         max_epochs=1,
         logger=False,
@@ -188,7 +194,7 @@ def fit(measure: Measure, module: Classifier, shape: tuple[int, ...], classes: i
         enable_model_summary=False,
         **options | {"callbacks": [spy, *kwargs.get("callbacks", [])]},
     )
-    trainer.fit(module, DataLoader(Repeated(shape, classes, steps), batch_size=None))
+    trainer.fit(module, DataLoader(Repeated(shape, classes, steps, measure.device), batch_size=None))
     return spy
 
 
@@ -216,6 +222,8 @@ def networks(measure: Measure) -> Iterator[tuple[str, nn.Module, str, tuple[int,
     net = PreActResNet(18, 10, initial_channels=16 if small else 64)
     name = "PreActResNet18, width 16" if small else "PreActResNet18"
     yield f"{name}, batch 128", net, "model.layer1", (128, 3, 32, 32), 10, 13 if small else 61, 1.01
+    if not small:
+        yield "ResNet-50, batch 128", timm.create_model("resnet50"), "model.layer1", (128, 3, 224, 224), 1000, 61, 1.01
     vit = timm.create_model("vit_small_patch16_224", num_classes=1000)
     n = 2 if small else 128
     yield f"ViT-S/16, batch {n}", vit, "model.blocks.2", (n, 3, 224, 224), 1000, 13 if small else 61, 1.01
@@ -227,9 +235,12 @@ def run(measure: Measure, rounds: int = 3) -> Section:
         ["network", "method", "time", "target", "peak MB", "beyond plain MB", "one output MB"],
         [],
         "Time: every second batch is mixed; the median of mixed steps over the steps just before them.\n"
-        "Memory: the peak of a mixed step; target: at most one output of the mixed layer beyond plain.",
+        "Memory: the peak of a mixed step; target: at most one output of the mixed layer beyond plain.\n"
+        "On a GPU: bfloat16 (autocast), channels_last.",
     )
     for name, net, layer, shape, classes, steps, target in networks(measure):
+        if measure.device == "cuda":
+            net = net.to(memory_format=torch.channels_last)
         ratios: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(rounds):
             for method, (kind, callbacks) in METHODS.items():

@@ -1,12 +1,14 @@
 """Data sets that hand out whole batches: uint8 images, in memory or on disk, augmented and normalised at once.
 
 A ``DataLoader`` asks a data set that has ``__getitems__`` for all samples of a batch in one call. Cropping, flipping,
-converting and normalising the whole batch at once is about ten times as fast as image by image.
+converting and normalising the whole batch at once is about ten times as fast as image by image. What is random is drawn
+on the host, so that a batch is the same wherever its images are.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from lightning_manifold_mixup._step.devices import sent
 from lightning_manifold_mixup._step.extras import require
 
 __all__ = [
@@ -55,7 +58,8 @@ def random_crop(images: Tensor, padding: int, offsets: Tensor | None = None) -> 
         offsets = torch.randint(2 * padding + 1, (n, 2))
     padded = F.pad(images, (padding, padding, padding, padding))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (n, channels, row, column, height, width)
-    return windows[torch.arange(n), :, offsets[:, 0], offsets[:, 1]]
+    rows, columns = sent(offsets, images.device).unbind(1)
+    return windows[torch.arange(n, device=images.device), :, rows, columns]
 
 
 def random_flip(images: Tensor, flipped: Tensor | None = None) -> Tensor:
@@ -77,7 +81,7 @@ def random_flip(images: Tensor, flipped: Tensor | None = None) -> Tensor:
     """
     if flipped is None:
         flipped = torch.rand(len(images)) < 0.5
-    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+    return torch.where(sent(flipped, images.device).view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_value: float = 255.0) -> Tensor:
@@ -93,9 +97,16 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], max_v
         >>> normalize(torch.tensor([[[[0, 255]]]]), [0.5], [0.5]).flatten()
         tensor([-1.,  1.])
     """
-    scale = torch.tensor([1.0 / (max_value * s) for s in std]).view(-1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), max_value, images.device)
     return images.to(torch.float32).mul_(scale).add_(shift)
+
+
+@lru_cache  # so that no batch on a GPU waits for them
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], max_value: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    scale = torch.tensor([1.0 / (max_value * s) for s in std], device=device).view(-1, 1, 1)
+    return scale, torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(-1, 1, 1)
 
 
 def collate(batch: Any) -> Any:
@@ -336,15 +347,31 @@ class ImageDataset(LabelledDataset):
         self.mean, self.std, self.max_value = tuple(mean), tuple(std), max_value
         self.padding, self.flip, self.transform, self.flatten = padding, flip, transform, flatten
 
+    def to(self, device: torch.device) -> None:
+        """Keep the images on a device, as uint8, and make batches there. Labels stay, and are sent by the batch.
+
+        Args:
+            device: where to.
+
+        Raises:
+            ValueError: if the images are files.
+        """
+        if isinstance(self.images, ImageFiles):
+            raise ValueError("ImageDataset: expected images in memory to keep on a device, got files.")
+        self.images = self.images.to(device)
+
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         rows = torch.as_tensor(indices, dtype=torch.long)
-        images = self.images.index_select(0, rows)
-        if isinstance(images, ImageFiles):
-            images = images.decode()
+        labels = self.labels[rows]
+        if isinstance(self.images, ImageFiles):
+            images = self.images.index_select(0, rows).decode()
+        else:
+            device = self.images.device
+            images, labels = self.images.index_select(0, sent(rows, device)), sent(labels, device)
         if self.transform is not None:
             images = torch.stack([self.transform(image) for image in images])
         else:
             images = random_crop(images, self.padding) if self.padding else images
             images = random_flip(images) if self.flip else images
         images = normalize(images, self.mean, self.std, self.max_value)
-        return images.flatten(1) if self.flatten else images, self.labels[rows]
+        return images.flatten(1) if self.flatten else images, labels

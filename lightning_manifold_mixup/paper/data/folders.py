@@ -52,6 +52,8 @@ class _FolderDataModule(ImageDataModule):
             )
         if cache_dir is not None and not in_memory:
             raise ValueError(f"{type(self).__name__}: expected in_memory=True with cache_dir, got in_memory=False.")
+        if self.on_device and not in_memory:
+            raise ValueError(f"{type(self).__name__}: expected in_memory=True with on_device, got in_memory=False.")
         self.data_dir = data_dir
         self.in_memory = in_memory
         self.cache_dir = cache_dir
@@ -185,8 +187,9 @@ class ImageFolderDataModule(_FolderDataModule):
         kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the side, ``flip`` is on.
 
     Raises:
-        ValueError: for another ``broken_files``, or a ``cache_dir`` without ``in_memory``. In ``setup``, before
-            training: for files that cannot be read or have another size, and classes in ``test`` that ``train`` lacks.
+        ValueError: for another ``broken_files``, or a ``cache_dir`` or ``on_device`` without ``in_memory``. In
+            ``setup``, before training: for files that cannot be read or have another size, and classes in ``test`` that
+            ``train`` lacks.
         FileNotFoundError: in ``setup``, if the folder is missing or has no images of a class.
 
     Example:

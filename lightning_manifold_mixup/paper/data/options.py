@@ -26,3 +26,4 @@ class ImageOptions(LoaderOptions, total=False):
     padding: int | None
     flip: bool | None
     train_transform: Callable[..., Any] | None
+    on_device: bool

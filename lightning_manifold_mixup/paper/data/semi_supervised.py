@@ -97,6 +97,7 @@ class SemiSupervisedDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self.datamodule.trainer = self.trainer  # which knows the device
         self.datamodule.setup(stage)
         if not is_overridden("test_dataloader", self.datamodule, L.LightningDataModule):
             self.test_dataloader = super().test_dataloader  # type: ignore[method-assign]  # there is no test set

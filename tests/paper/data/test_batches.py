@@ -8,7 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from lightning_manifold_mixup.paper.data.batches import ImageDataset, collate, normalize, random_crop, random_flip
+from lightning_manifold_mixup.paper.data.batches import (
+    ImageDataset,
+    ImageFiles,
+    collate,
+    normalize,
+    random_crop,
+    random_flip,
+)
 
 
 class TestAugmentation:
@@ -73,3 +80,34 @@ class TestAugmentation:
     def test_labels_must_fit(self):
         with pytest.raises(ValueError, match="as many labels as images, got 3 and 2"):
             ImageDataset(torch.zeros(2, 1, 2, 2), torch.zeros(3), [0.5], [0.5])
+
+
+class TestOnADevice:
+    def make(self):
+        images = torch.randint(256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(1)).byte()
+        return ImageDataset(images, torch.arange(6), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], padding=2, flip=True)
+
+    def test_everything_is_computed_there(self):
+        """A meta tensor, which has no numbers, stands for one on a device: an operation with both would fail."""
+        data = self.make()
+        data.to(torch.device("meta"))
+        x, y = data.__getitems__([4, 0, 3])
+        assert (x.device.type, x.shape, x.dtype) == ("meta", (3, 3, 8, 8), torch.float32)
+        assert (y.device.type, y.shape, data.labels.device.type) == ("meta", (3,), "cpu")
+
+    def test_files_are_refused(self):
+        with pytest.raises(ValueError, match="expected images in memory to keep on a device, got files"):
+            ImageDataset(ImageFiles(["a.png"], 4), torch.zeros(1), [0.5], [0.5]).to(torch.device("cpu"))
+
+    @pytest.mark.gpu
+    def test_batches_are_those_of_the_host(self):
+        here, there = self.make(), self.make()
+        there.to(torch.device("cuda"))
+        batches = []
+        for data in (here, there):
+            torch.manual_seed(3)
+            batches.append([data.__getitems__([4, 0, 3]) for _ in range(5)])
+        for (x, y), (other_x, other_y) in zip(*batches, strict=True):
+            assert other_x.is_cuda
+            torch.testing.assert_close(other_x.cpu(), x)
+            assert torch.equal(other_y.cpu(), y)

@@ -1,10 +1,13 @@
 """What holds for every data module: pickling and YAML."""
 
 import pickle
+from collections import Counter
 
 import lightning as L
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2
 
 from lightning_manifold_mixup.paper.data import (
@@ -17,11 +20,29 @@ from lightning_manifold_mixup.paper.data import (
     SVHNDataModule,
     TinyImageNetDataModule,
 )
+from tests.paper.data.samples import trainer
 
 
 def instantiate(parser, config):
     method = "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes"  # renamed in 2025
     return getattr(parser, method)(config).data
+
+
+class Keeps(L.LightningModule):
+    """Notes the batches of training and test."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.batches = []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(batch)
+
+    validation_step = test_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
 
 
 ALL = [
@@ -79,3 +100,34 @@ class TestForEveryModule:
         assert built.val_size == "test"
         assert isinstance(built.train_transform, v2.RandomVerticalFlip)
         assert built.train_set[0][0].shape == (1, 8, 8)
+
+
+class TestOnTheTrainersDevice:
+    @pytest.mark.parametrize("few_labels", [False, True])
+    @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu, id="gpu")])
+    def test_batches_are_the_same(self, few_labels, accelerator, tmp_path):
+        runs = []
+        for options in ({}, {"on_device": True}):
+            data = DigitsDataModule(test_size=100, padding=1, **options)
+            shown = SemiSupervisedDataModule(data, labels_per_class=5) if few_labels else data
+            module = Keeps()
+            L.seed_everything(3)
+            t = trainer(tmp_path, accelerator=accelerator)
+            t.fit(module, shown)
+            t.test(module, shown, verbose=False)
+            runs.append(module.batches)
+            devices = Counter(part.images.device.type for part in (data.train_set, data.test_set))
+            assert devices == {"cuda" if options and accelerator == "gpu" else "cpu": 2}
+        flat = [[part for part in tree_leaves(run) if torch.is_tensor(part)] for run in runs]
+        assert len(flat[0]) == len(flat[1]) > 30
+        for tensor, other in zip(*flat, strict=True):
+            assert other.is_cuda == (accelerator == "gpu")
+            torch.testing.assert_close(other.cpu(), tensor.cpu())
+
+    def test_workers_are_refused(self):
+        with pytest.raises(ValueError, match=r"DigitsDataModule: expected num_workers=0 with on_device, .* got 2"):
+            DigitsDataModule(on_device=True, num_workers=2)
+
+    def test_files_are_refused(self):
+        with pytest.raises(ValueError, match="ImageFolderDataModule: expected in_memory=True with on_device"):
+            ImageFolderDataModule("somewhere", on_device=True)
