@@ -139,7 +139,7 @@ class PerSample(Peer):
         partners = torch.randperm(len(x), device=x.device)
         lam = torch.rand(len(x), device=x.device)
         handle = self.get_submodule(self.layer).register_forward_hook(
-            lambda module, args, h: torch.lerp(h[partners], h, lam.view(-1, *[1] * (h.ndim - 1)))
+            lambda module, args, h: torch.lerp(h[partners], h, lam.to(h.dtype).view(-1, *[1] * (h.ndim - 1)))
         )
         logits = self.model(x)
         handle.remove()

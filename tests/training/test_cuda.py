@@ -224,6 +224,7 @@ class Lenient(L.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_nothing_waits_from_the_images_to_the_optimizer(on_device, precision):

@@ -193,6 +193,7 @@ def test_labels_that_are_gathered_from_all_processes(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore::FutureWarning")
 def test_fsdp1():
     module = Classifier(Net())
     callback = ManifoldMixupCallback(layers=LAYERS)

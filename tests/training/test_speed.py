@@ -419,6 +419,7 @@ def large(counting: Counting, logits: Tensor) -> int:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; the waits are counted without one above"
 )

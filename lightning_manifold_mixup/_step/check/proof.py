@@ -14,7 +14,7 @@ from lightning_manifold_mixup._step.check.diagnosis import explain
 from lightning_manifold_mixup._step.check.ghost import NoGhostError
 from lightning_manifold_mixup._step.check.padding import all_seen, mask_from_tokens
 from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
-from lightning_manifold_mixup._step.check.self_check import UNUSED, Verdict, pair, swap
+from lightning_manifold_mixup._step.check.self_check import UNUSED, Finding, Verdict, pair, swap
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.labels.reads import Line, place_of
 from lightning_manifold_mixup._step.labels.targets import MixingError
@@ -228,6 +228,8 @@ class Proof:
         for site in sites:
             try:
                 finding, lines = pair(trials, site, draws)
+                if finding == Finding(Verdict.NO_POWER) and (finer := trials.finer()):
+                    finding, lines = _second_opinion(finer, site, draws, finding, lines)
             except (NoGhostError, MixingError):
                 raise
             except Exception as error:  # the step does not run on a ghost
@@ -283,6 +285,17 @@ class Proof:
         if what not in self._said:
             self._said.add(what)
             rank_zero_info(f"Manifold Mixup, self-check: {what}.")
+
+
+def _second_opinion(
+    trials: Trials, site: Site, draws: Mixes, finding: Finding, lines: set[Line]
+) -> tuple[Finding, set[Line]]:
+    """Ask the pair oracle in full precision, where half precision hides a mistake; the first finding if that fails."""
+    try:
+        second, more = pair(trials, site, draws)
+    except Exception:  # any error of a step that was written for autocast, or too little memory
+        return finding, lines
+    return (second, lines | more) if second.verdict in (Verdict.PASSED, Verdict.FAILED) else (finding, lines)
 
 
 def _plain_run(trials: Trials) -> tuple[Outcome | None, Trials, str]:

@@ -91,13 +91,15 @@ class Trials:
     Attributes:
         module: the LightningModule, which stays as it is.
         call: what its training step was called with.
-        train: whether it runs in training mode, or else in eval mode without autocast.
+        train: whether it runs in training mode, or else in eval mode.
+        autocast: whether the Trainer's autocast is left on in training mode; in eval mode it is off.
         seen: what the runs have shown; shared with trials on other batches or in the other mode (``replace``).
     """
 
     module: Any
     call: Call
     train: bool = True
+    autocast: bool = True
     seen: Seen = field(default_factory=Seen)
 
     def on(self, batch: Any) -> Trials:
@@ -138,7 +140,7 @@ class Trials:
         with ExitStack() as stack:
             writes = stack.enter_context(isolated(self.module))
             stack.enter_context(out_of_reach(self.module))
-            if not self.train:
+            if not (self.train and self.autocast):
                 stack.enter_context(torch.autocast(self._device, enabled=False))
             if seed is not None:
                 _seed_all(seed)
@@ -180,6 +182,10 @@ class Trials:
         seen.unfit |= {name for name, hook in hooks.items() if hook.unfit}
         seen.fired |= {name for name, hook in hooks.items() if hook.fired and not hook.unfit}
         return outcome
+
+    def finer(self) -> Trials | None:
+        """Return the same trials without the Trainer's autocast; None if there is none."""
+        return replace(self, autocast=False) if torch.is_autocast_enabled(self._device) else None
 
     @property
     def _device(self) -> str:

@@ -351,6 +351,22 @@ class TestHowItTrains:
         trainer(callback, Count(), **precision).fit(Coarse(None, network().float()), batches)
         assert [b - a for a, b in itertools.pairwise(counted[:10])] == [1] * 9
 
+    @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
+    def test_half_precision_that_is_rounded_otherwise_in_each_run(self, loss):
+        """As on a GPU, whose sums may be taken in another order: it is no mistake, and does not hide one."""
+        runs = itertools.count()
+
+        class Rounded(nn.Module):
+            def forward(self, h):
+                return h * (1 + 0.02 * (next(runs) % 3)) if torch.is_autocast_enabled("cpu") else h
+
+        module = Module(lambda z, y: loss(z.float(), y), nn.Sequential(*network().float(), Rounded()))
+        x, y = data(96)
+        callback = ManifoldMixupCallback(layers=["input", "model.1"], seed=0)
+        batches = DataLoader(TensorDataset(x.float(), y), 8)
+        _, warned = train(module, batches, callback, precision="bf16-mixed")
+        assert sum("twice" in message for message in warned) == (loss is numpy_loss)
+
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
     def test_checkpointing(self, loss, reentrant):
