@@ -1,6 +1,7 @@
 """Small modules, data and trainers that the tests share. The modules know nothing of mixup.
 
-On a machine with a GPU, ``TEST_ACCELERATOR=gpu pytest ...`` trains there instead of on the CPU.
+On a machine with a GPU, ``TEST_ACCELERATOR=gpu pytest ...`` trains there instead of on the CPU; tests that compare with
+tensors of the host are not written for it.
 """
 
 import os

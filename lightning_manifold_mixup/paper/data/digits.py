@@ -6,8 +6,8 @@ from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import Split
-from lightning_manifold_mixup.paper.data.batches import ImageFiles
 from lightning_manifold_mixup.paper.data.image_base import ImageDataModule, ImageSpec
+from lightning_manifold_mixup.paper.data.image_files import ImageFiles
 from lightning_manifold_mixup.paper.data.options import ImageOptions
 from lightning_manifold_mixup.paper.data.splits import split_by_class
 

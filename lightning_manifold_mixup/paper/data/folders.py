@@ -14,9 +14,9 @@ from typing_extensions import Unpack, override
 
 from lightning_manifold_mixup._step.extras import require
 from lightning_manifold_mixup.paper.data.base import Split
-from lightning_manifold_mixup.paper.data.batches import ImageFiles, read_image
 from lightning_manifold_mixup.paper.data.downloads import downloading
 from lightning_manifold_mixup.paper.data.image_base import ImageDataModule, ImageSpec
+from lightning_manifold_mixup.paper.data.image_files import SUFFIXES, ImageFiles, find_images, read_image
 from lightning_manifold_mixup.paper.data.options import ImageOptions
 
 __all__ = ["ImageFolderDataModule", "TinyImageNetDataModule"]
@@ -50,10 +50,9 @@ class _FolderDataModule(ImageDataModule):
                 f"{type(self).__name__}: expected broken_files to be 'raise', 'skip' or 'unchecked', got "
                 f"{broken_files!r}."
             )
-        if cache_dir is not None and not in_memory:
-            raise ValueError(f"{type(self).__name__}: expected in_memory=True with cache_dir, got in_memory=False.")
-        if self.on_device and not in_memory:
-            raise ValueError(f"{type(self).__name__}: expected in_memory=True with on_device, got in_memory=False.")
+        for name, wanted in (("cache_dir", cache_dir is not None), ("on_device", self.on_device)):
+            if wanted and not in_memory:
+                raise ValueError(f"{type(self).__name__}: expected in_memory=True with {name}, got in_memory=False.")
         self.data_dir = data_dir
         self.in_memory = in_memory
         self.cache_dir = cache_dir
@@ -79,10 +78,10 @@ class _FolderDataModule(ImageDataModule):
             raise FileNotFoundError(
                 f"{type(self).__name__}: expected {self.root / 'train'} to have a folder for each class, found none."
             )
-        empty = [name for name in names if not _image_files(self.root / "train" / name)]
+        empty = [name for name in names if not find_images(self.root / "train" / name)]
         if empty:
             raise FileNotFoundError(
-                f"{type(self).__name__}: expected images ({', '.join(_SUFFIXES)}) of each class in "
+                f"{type(self).__name__}: expected images ({', '.join(SUFFIXES)}) of each class in "
                 f"{self.root / 'train'}, found none in {', '.join(empty)}. Take an empty folder away if it is no class."
             )
         return names
@@ -157,12 +156,12 @@ class _FolderDataModule(ImageDataModule):
                     f"{type(self).__name__}: expected the classes of {self.root / 'train'} in {folder}, got "
                     f"{entry.name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ".")
                 )
-            files = _image_files(entry)
+            files = find_images(entry)
             paths += files
             labels += [number[entry.name]] * len(files)
         if not paths:
             raise FileNotFoundError(
-                f"{type(self).__name__}: expected images ({', '.join(_SUFFIXES)}) in {folder}/<class>, found none."
+                f"{type(self).__name__}: expected images ({', '.join(SUFFIXES)}) in {folder}/<class>, found none."
             )
         return paths, labels
 
@@ -187,9 +186,8 @@ class ImageFolderDataModule(_FolderDataModule):
         kwargs: the arguments of ``ImageDataModule``. By default, ``padding`` is an eighth of the side, ``flip`` is on.
 
     Raises:
-        ValueError: for another ``broken_files``, or a ``cache_dir`` or ``on_device`` without ``in_memory``. In
-            ``setup``, before training: for files that cannot be read or have another size, and classes in ``test`` that
-            ``train`` lacks.
+        ValueError: for another ``broken_files``, or ``cache_dir`` or ``on_device`` without ``in_memory``. In ``setup``:
+            for files that cannot be read or have another size, and classes in ``test`` that ``train`` lacks.
         FileNotFoundError: in ``setup``, if the folder is missing or has no images of a class.
 
     Example:
@@ -220,7 +218,7 @@ class ImageFolderDataModule(_FolderDataModule):
     def _spec(self) -> ImageSpec:
         size = self._image_size
         if size is None:
-            files = _image_files(self.root / "train" / self.folder_names[0])
+            files = find_images(self.root / "train" / self.folder_names[0])
             height, width = read_image(files[0]).shape[1:]
             if height != width:
                 raise ValueError(
@@ -318,20 +316,6 @@ class TinyImageNetDataModule(_FolderDataModule):
         number = {name: label for label, name in enumerate(self.folder_names)}
         rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line)
         return [str(folder / "images" / file) for file, _ in rows], [number[name] for _, name in rows]
-
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Image files below a folder, sorted."""
-    found = (
-        os.path.join(where, name)
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(_SUFFIXES)
-    )
-    return sorted(found)
 
 
 def _cached(images: ImageFiles, folder: Path, split: str) -> Tensor:

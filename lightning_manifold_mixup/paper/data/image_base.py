@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_manifold_mixup.paper.data.base import ClassificationDataModule, Split, check_val_size
-from lightning_manifold_mixup.paper.data.batches import ImageDataset, ImageFiles, LabelledDataset
+from lightning_manifold_mixup.paper.data.batches import ImageDataset, LabelledDataset
+from lightning_manifold_mixup.paper.data.image_files import ImageFiles
 from lightning_manifold_mixup.paper.data.splits import draw_per_class, split_by_class
 
 __all__ = ["ImageDataModule", "ImageSpec"]

@@ -8,14 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from lightning_manifold_mixup.paper.data.batches import (
-    ImageDataset,
-    ImageFiles,
-    collate,
-    normalize,
-    random_crop,
-    random_flip,
-)
+from lightning_manifold_mixup.paper.data.batches import ImageDataset, collate, normalize, random_crop, random_flip
+from lightning_manifold_mixup.paper.data.image_files import ImageFiles
 
 
 class TestAugmentation:

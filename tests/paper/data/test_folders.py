@@ -55,11 +55,11 @@ class TestImageFolder:
             assert torch.equal(y, y2)
 
     def test_only_the_subset_is_decoded(self, image_folder, monkeypatch):
-        from lightning_manifold_mixup.paper.data import batches
+        from lightning_manifold_mixup.paper.data import image_files
 
         read = []
-        original = batches.read_image
-        monkeypatch.setattr(batches, "read_image", lambda path: read.append(path) or original(path))
+        original = image_files.read_image
+        monkeypatch.setattr(image_files, "read_image", lambda path: read.append(path) or original(path))
         data = ImageFolderDataModule(str(image_folder), in_memory=True, labels_per_class=2, val_size=3)
         assert len(data.train_set) == 6
         assert len(read) == 6
@@ -182,7 +182,7 @@ class TestImageFolder:
         assert (data.train_set.images == 7).all()
 
     def test_cache(self, image_folder, tmp_path, monkeypatch):
-        from lightning_manifold_mixup.paper.data import batches
+        from lightning_manifold_mixup.paper.data import image_files
 
         before = set(tmp_path.rglob("*"))
         plain = ImageFolderDataModule(str(image_folder), in_memory=True)
@@ -196,8 +196,8 @@ class TestImageFolder:
         assert torch.equal(cached().images, plain.train_set.images)
         assert len(list((tmp_path / "cache").iterdir())) == 1
         read = []
-        original = batches.read_image
-        monkeypatch.setattr(batches, "read_image", lambda path: read.append(path) or original(path))
+        original = image_files.read_image
+        monkeypatch.setattr(image_files, "read_image", lambda path: read.append(path) or original(path))
         again = cached()
         assert torch.equal(again.images, plain.train_set.images)
         assert not read
