@@ -205,6 +205,13 @@ class Proof:
         if plain_run is None:
             self._say(f"the swap oracle has no verdict ({reason})")
             return None
+        try:
+            return self._swapped(trials, sites, permutations, plain_run)
+        except torch.OutOfMemoryError:  # it is in full precision, which training may not be
+            self._say("the swap oracle has no verdict (too little memory)")
+            return None
+
+    def _swapped(self, trials: Trials, sites: Sequence[Site], permutations: Mixes, plain_run: Outcome) -> str | None:
         wrong = None
         for site in sites:
             wrong = wrong or trials.run(site, states=permutations)

@@ -178,6 +178,26 @@ class TestPower:
             )
             torch.testing.assert_close(value, expected.detach())
 
+    @pytest.mark.parametrize("room", range(1, 6))  # the first run observes the layers, as large as one of training
+    def test_too_little_memory_for_the_oracles(self, caplog, room):
+        """After any of their runs, which may need more than those of training: one line, and it trains as without."""
+        runs = itertools.count()
+
+        class Large(Module):
+            def training_step(self, batch, batch_idx):
+                if self is not module and next(runs) >= room:  # a ghost
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super().training_step(batch, batch_idx)
+
+        weights = []
+        for kind, options in ((Large, {}), (Module, {"self_check": False})):
+            module = kind(F.cross_entropy)
+            with caplog.at_level("INFO"):
+                trainer(ManifoldMixupCallback(layers=["model.1"], seed=0, **options)).fit(module, loader())
+            weights.append(module.state_dict())
+        torch.testing.assert_close(*weights)
+        assert sum("has no verdict" in record.message for record in caplog.records) >= 1
+
     def test_augmentation_inside_the_step(self, caplog):
         """The plain loss changes with the random numbers: one line, and it trains."""
 
