@@ -308,12 +308,14 @@ def _second_opinion(
 def _plain_run(trials: Trials) -> tuple[Outcome | None, Trials, str]:
     """Run the step on the plain batch: in eval mode, or in training mode if it draws no random numbers there.
 
+    Without the Trainer's autocast, whose rounding would hide a mistake, unless the step cannot do without.
+
     Returns:
         What came out, None if it cannot be compared with anything; trials in that mode; and why there is nothing.
     """
     reason = "the step skips the batch"
-    for train in (False, True):
-        trials, before = replace(trials, train=train), random_states(trials.module.parameters())
+    for train, autocast in ((False, False), (True, False), (True, True)):
+        trials, before = replace(trials, train=train, autocast=autocast), random_states(trials.module.parameters())
         try:
             outcome = trials.run()
         except NoGhostError:

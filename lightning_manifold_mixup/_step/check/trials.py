@@ -92,7 +92,7 @@ class Trials:
         module: the LightningModule, which stays as it is.
         call: what its training step was called with.
         train: whether it runs in training mode, or else in eval mode.
-        autocast: whether the Trainer's autocast is left on in training mode; in eval mode it is off.
+        autocast: whether the Trainer's autocast is left on.
         seen: what the runs have shown; shared with trials on other batches or in the other mode (``replace``).
     """
 
@@ -140,7 +140,7 @@ class Trials:
         with ExitStack() as stack:
             writes = stack.enter_context(isolated(self.module))
             stack.enter_context(out_of_reach(self.module))
-            if not (self.train and self.autocast):
+            if not self.autocast:
                 stack.enter_context(torch.autocast(self._device, enabled=False))
             if seed is not None:
                 _seed_all(seed)

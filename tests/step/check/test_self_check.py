@@ -387,6 +387,26 @@ class TestHowItTrains:
         _, warned = train(module, batches, callback, precision="bf16-mixed")
         assert sum("twice" in message for message in warned) == (loss is numpy_loss)
 
+    @pytest.mark.parametrize("needs", ["nothing", "training mode", "training mode and autocast"])
+    def test_a_small_leak_is_no_rounding(self, needs):
+        """The swap oracle asks in full precision where it can; otherwise a leak must be larger than the rounding."""
+
+        class Leaks(Module):
+            def training_step(self, batch, batch_idx):
+                assert self.training or needs == "nothing"
+                assert torch.is_autocast_enabled("cpu") or "autocast" not in needs
+                z, y = self.model(batch[0]).float(), batch[1]
+                share = torch.linspace(0.99, 1.01, len(y)) if "autocast" not in needs else torch.linspace(0, 2, len(y))
+                return (F.cross_entropy(z, y, reduction="none") * share).mean()
+
+        x, y = data(96)
+        batches = DataLoader(TensorDataset(x.float(), y), 8)
+        with pytest.raises(MixingError, match="permuted alike, the loss changes"):
+            train(
+                Leaks(None, network().float()), batches, ManifoldMixupCallback(layers=["input"], seed=0),
+                precision="bf16-mixed",
+            )  # fmt: skip
+
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
     def test_checkpointing(self, loss, reentrant):
