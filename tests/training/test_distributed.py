@@ -192,6 +192,35 @@ def test_labels_that_are_gathered_from_all_processes(tmp_path):
         torch.testing.assert_close(weights, net.state_dict(), rtol=1e-4, atol=1e-6)
 
 
+class GathersOften(Gathers):
+    runs = 0
+
+    def training_step(self, batch, batch_idx):
+        type(self).runs += 1  # on ghosts, too
+        x, y = batch
+        z = self(x)
+        everywhere = self.all_gather(z, sync_grads=True).flatten(0, 1)
+        return F.cross_entropy(20 * z.float(), y) + 0.1 * everywhere.float().square().mean()
+
+
+def one_class_worker(rank, folder):
+    x, y = data().tensors
+    y = torch.zeros_like(y) if rank == 0 else y
+    torch.manual_seed(0)
+    module, callback = GathersOften(Net()), ManifoldMixupCallback(layers=LAYERS)
+    t = trainer(callback, strategy=strategy_of("ddp"), devices=2, max_steps=3, precision="bf16-mixed")
+    t.fit(module, DataLoader(TensorDataset(x, y), BATCH))
+    torch.save(GathersOften.runs, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_where_no_mistake_would_show_runs_the_step_as_often_as_the_others(tmp_path):
+    """It has one class only. A step that exchanges something would wait for ever if one rank alone tried again."""
+    together(one_class_worker, str(tmp_path))
+    runs = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert runs[0] == runs[1] > 3 * len(LAYERS)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore::FutureWarning")
 def test_fsdp1():

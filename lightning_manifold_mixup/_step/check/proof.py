@@ -14,7 +14,7 @@ from lightning_manifold_mixup._step.check.diagnosis import explain
 from lightning_manifold_mixup._step.check.ghost import NoGhostError
 from lightning_manifold_mixup._step.check.padding import all_seen, mask_from_tokens
 from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
-from lightning_manifold_mixup._step.check.self_check import UNUSED, Finding, Verdict, pair, swap
+from lightning_manifold_mixup._step.check.self_check import UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.labels.reads import Line, place_of
 from lightning_manifold_mixup._step.labels.targets import MixingError
@@ -163,6 +163,10 @@ class Proof:
                 self._say(f"{error}, so Manifold Mixup could not check itself on its training step")
                 self.without_copies()
         together = bool if again else self._on_all_ranks
+        if "pair" in ask and torch.is_autocast_enabled(self.trainer.strategy.root_device.type):
+            known = together(failure is None and reason is None), together(Verdict.NO_POWER not in self._of_pairs())
+            if known == (True, False) and trials is not None:
+                reason = self._in_full_precision(trials, sites, draws)
         once = together(reason is None)
         if not once and failure is None:
             failure = self._decide_for_two(reason or "so it is on another rank", again=again)
@@ -235,8 +239,6 @@ class Proof:
         for site in sites:
             try:
                 finding, lines = pair(trials, site, draws)
-                if finding == Finding(Verdict.NO_POWER) and (finer := trials.finer()):
-                    finding, lines = _second_opinion(finer, site, draws, finding, lines)
             except (NoGhostError, MixingError):
                 raise
             except Exception as error:  # the step does not run on a ghost
@@ -258,6 +260,27 @@ class Proof:
             if finding.verdict is Verdict.FAILED:
                 return None, finding.reason
         return None, None
+
+    def _in_full_precision(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> str | None:
+        """Ask the pair oracle without autocast, whose rounding may hide a mistake; return what ``_pairs`` returns last.
+
+        All ranks do so if one has to, for all layers, since the step may exchange something between them.
+        """
+        for site in sites:
+            try:
+                finding, lines = pair(replace(trials, autocast=False), site, draws)
+            except Exception:  # any error of a step that was written for autocast, or too little memory
+                return None
+            if self._verdicts.get(("pair", site.layer)) is Verdict.NO_POWER:
+                if finding.verdict in (Verdict.PASSED, Verdict.FAILED):
+                    self._verdicts["pair", site.layer] = finding.verdict
+                if finding.verdict is Verdict.FAILED:
+                    return finding.reason
+                self.harmless |= lines
+        return None
+
+    def _of_pairs(self) -> list[Verdict]:
+        return [verdict for (oracle, _), verdict in self._verdicts.items() if oracle == "pair"]
 
     def _decide_for_two(self, reason: str, *, again: bool) -> str | None:
         """Go over to two passes; if that is not possible, return why."""
@@ -294,17 +317,6 @@ class Proof:
             rank_zero_info(f"Manifold Mixup, self-check: {what}.")
 
 
-def _second_opinion(
-    trials: Trials, site: Site, draws: Mixes, finding: Finding, lines: set[Line]
-) -> tuple[Finding, set[Line]]:
-    """Ask the pair oracle in full precision, where half precision hides a mistake; the first finding if that fails."""
-    try:
-        second, more = pair(trials, site, draws)
-    except Exception:  # any error of a step that was written for autocast, or too little memory
-        return finding, lines
-    return (second, lines | more) if second.verdict in (Verdict.PASSED, Verdict.FAILED) else (finding, lines)
-
-
 def _plain_run(trials: Trials) -> tuple[Outcome | None, Trials, str]:
     """Run the step on the plain batch: in eval mode, or in training mode if it draws no random numbers there.
 
@@ -314,7 +326,8 @@ def _plain_run(trials: Trials) -> tuple[Outcome | None, Trials, str]:
         What came out, None if it cannot be compared with anything; trials in that mode; and why there is nothing.
     """
     reason = "the step skips the batch"
-    for train, autocast in ((False, False), (True, False), (True, True)):
+    modes = [(False, False), (True, False), *([(True, True)] if trials.finer() else [])]
+    for train, autocast in modes:
         trials, before = replace(trials, train=train, autocast=autocast), random_states(trials.module.parameters())
         try:
             outcome = trials.run()
