@@ -84,7 +84,7 @@ def train(module, batches, callback, **kwargs):
     warned = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(callback, watch, **kwargs).fit(module, batches)
+        trainer(callback, watch, *kwargs.pop("callbacks", ()), **kwargs).fit(module, batches)
         warned = [str(w.message) for w in caught]
     return watch.seen, warned
 

@@ -72,6 +72,17 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), self.lr)
 
 
+class Step(Classifier):
+    """A training step that a compiler can take whole: nothing but tensors."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.criterion(self(x), y)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
 class Validated(Classifier):
     def validation_step(self, batch, batch_idx):
         x, y = batch

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_manifold_mixup import ManifoldMixupCallback, ManifoldMixupModule
 from lightning_manifold_mixup.paper.data import DigitsDataModule
 from lightning_manifold_mixup.paper.models import PreActResNet
-from tests.helpers import LAYERS, Classifier, ConvNet, Draws, images, loader, trainer
+from tests.helpers import LAYERS, Classifier, ConvNet, Draws, Step, images, loader, trainer
 from tests.processes import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")]
@@ -79,9 +79,9 @@ class Channels(Classifier):
         return super().training_step((x.to(memory_format=torch.channels_last), y), batch_idx)
 
 
-def fit(module, layers=LAYERS, seed=3, **options):
+def fit(module, **options):
     """Losses, weights and draws of a fit; the generators of host and device begin alike."""
-    callback = ManifoldMixupCallback(layers=layers, seed=seed)
+    callback = ManifoldMixupCallback(layers=LAYERS, seed=3)
     draws = Draws(callback)
     torch.manual_seed(11)
     trainer(callback, draws, **({"accelerator": "gpu"} | options)).fit(module, loader(8 * BATCHES))
@@ -158,14 +158,6 @@ def test_a_step_that_reads_labels_on_the_host():
 
 
 def test_compiled_by_inductor():
-    class Step(Classifier):
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            return F.cross_entropy(self(x), y)
-
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            self.losses.append(outputs["loss"].item())
-
     torch._dynamo.reset()
     module = Step()
     net = copy.deepcopy(module.model)
@@ -190,21 +182,16 @@ def test_nccl_with_one_process(kind, monkeypatch):
     module = Sharded() if kind == "fsdp2" else Classifier()
     net = copy.deepcopy(module.model)
     strategy = DDPStrategy() if kind == "ddp" else ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    callback = ManifoldMixupCallback(layers=LAYERS, seed=3)
-    draws = Draws(callback)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a step that was not checked, a mesh of one
-            trainer(callback, draws, accelerator="gpu", strategy=strategy, use_distributed_sampler=False).fit(
-                module, loader(8 * BATCHES)
-            )
+            losses, _, drawn = fit(module, strategy=strategy, use_distributed_sampler=False)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    drawn = draws.drawn
     if kind == "fsdp2":  # it has no copies to try the first batch on, which is not mixed
         drawn[0] = ("input", torch.tensor(1.0), torch.arange(8))
-    assert module.losses == pytest.approx(by_hand(net, drawn)[0], rel=1e-4)
+    assert losses == pytest.approx(by_hand(net, drawn)[0], rel=1e-4)
 
 
 class Strict(L.Callback):

@@ -192,7 +192,7 @@ def test_labels_that_are_gathered_from_all_processes(tmp_path):
         torch.testing.assert_close(weights, net.state_dict(), rtol=1e-4, atol=1e-6)
 
 
-class GathersOften(Gathers):
+class Exchanges(Classifier):
     runs = 0
 
     def training_step(self, batch, batch_idx):
@@ -207,10 +207,10 @@ def one_class_worker(rank, folder):
     x, y = data().tensors
     y = torch.zeros_like(y) if rank == 0 else y
     torch.manual_seed(0)
-    module, callback = GathersOften(Net()), ManifoldMixupCallback(layers=LAYERS)
+    module, callback = Exchanges(Net()), ManifoldMixupCallback(layers=LAYERS)
     t = trainer(callback, strategy=strategy_of("ddp"), devices=2, max_steps=3, precision="bf16-mixed")
     t.fit(module, DataLoader(TensorDataset(x, y), BATCH))
-    torch.save(GathersOften.runs, f"{folder}/{rank}.pt")
+    torch.save(Exchanges.runs, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ from lightning_manifold_mixup._step.check.diagnosis import explain
 from lightning_manifold_mixup._step.check.ghost import NoGhostError
 from lightning_manifold_mixup._step.check.padding import all_seen, mask_from_tokens
 from lightning_manifold_mixup._step.check.random_states import random_states, same_random_states
-from lightning_manifold_mixup._step.check.self_check import UNUSED, Verdict, pair, swap
+from lightning_manifold_mixup._step.check.self_check import ROUNDING, UNUSED, Verdict, pair, swap
 from lightning_manifold_mixup._step.check.trials import Mixes, Outcome, Trials
 from lightning_manifold_mixup._step.labels.reads import Line, place_of
 from lightning_manifold_mixup._step.labels.targets import MixingError
@@ -164,9 +164,12 @@ class Proof:
                 self.without_copies()
         together = bool if again else self._on_all_ranks
         if "pair" in ask and torch.is_autocast_enabled(self.trainer.strategy.root_device.type):
-            known = together(failure is None and reason is None), together(Verdict.NO_POWER not in self._of_pairs())
-            if known == (True, False) and trials is not None:
-                reason = self._in_full_precision(trials, sites, draws)
+            settled = not together(failure is None and Verdict.FAILED not in self._of_pairs())
+            sure = together(self._of_pairs() <= {Verdict.PASSED})
+            # Half precision may hide a mistake, or look like one. If one rank has to ask again without it, all do:
+            # their steps may wait for each other.
+            if not settled and not sure and trials is not None and self.copies:
+                failure, reason = self._pairs(replace(trials, autocast=False), sites, draws)
         once = together(reason is None)
         if not once and failure is None:
             failure = self._decide_for_two(reason or "so it is on another rank", again=again)
@@ -259,28 +262,10 @@ class Proof:
                 self._say(f"the pair oracle has no verdict ({finding.reason})")
             if finding.verdict is Verdict.FAILED:
                 return None, finding.reason
-        return None, None
+        return None, ROUNDING if Verdict.UNSURE in self._of_pairs() else None
 
-    def _in_full_precision(self, trials: Trials, sites: Sequence[Site], draws: Mixes) -> str | None:
-        """Ask the pair oracle without autocast, whose rounding may hide a mistake; return what ``_pairs`` returns last.
-
-        All ranks do so if one has to, for all layers, since the step may exchange something between them.
-        """
-        for site in sites:
-            try:
-                finding, lines = pair(replace(trials, autocast=False), site, draws)
-            except Exception:  # any error of a step that was written for autocast, or too little memory
-                return None
-            if self._verdicts.get(("pair", site.layer)) is Verdict.NO_POWER:
-                if finding.verdict in (Verdict.PASSED, Verdict.FAILED):
-                    self._verdicts["pair", site.layer] = finding.verdict
-                if finding.verdict is Verdict.FAILED:
-                    return finding.reason
-                self.harmless |= lines
-        return None
-
-    def _of_pairs(self) -> list[Verdict]:
-        return [verdict for (oracle, _), verdict in self._verdicts.items() if oracle == "pair"]
+    def _of_pairs(self) -> set[Verdict]:
+        return {verdict for (oracle, _), verdict in self._verdicts.items() if oracle == "pair"}
 
     def _decide_for_two(self, reason: str, *, again: bool) -> str | None:
         """Go over to two passes; if that is not possible, return why."""

@@ -6,8 +6,8 @@
   ``lam * L(y) + (1 - lam) * L(y[partners])``, each with plain labels. Else the superposition could not follow.
 
 Both compare values and gradients (of the last modules before the loss), and run on ghosts: nothing of the user's is
-changed. Neither has a verdict where it has no power, that is, where a mistake would not show either, or would look like
-the rounding of half precision, which on a GPU may be another in each run.
+changed. Neither has a verdict where it has no power, that is, where a mistake would not show either. The pair oracle is
+unsure where a mistake would look like the rounding of half precision, which on a GPU may be another in each run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from lightning_manifold_mixup._step.step import Site
 _SEEDS = range(2019, 2025)
 # A finding of the pair oracle: no loss has seen the labels.
 UNUSED = "no loss with a gradient used the labels"
+# What it says where it is unsure.
+ROUNDING = "the loss is off by more than its own rounding, if not by more than that of the states it is computed from"
 
 
 class Verdict(Enum):
@@ -36,6 +38,7 @@ class Verdict(Enum):
     PASSED = "passed"
     FAILED = "failed"
     NO_POWER = "no power"  # a mistake would not show in this batch: to be made again
+    UNSURE = "unsure"  # as far off as the rounding of half precision may bring it
     UNDECIDED = "undecided"  # the step gives no answer that could be compared
 
 
@@ -187,7 +190,7 @@ def _compared(got: Outcome, wanted: Outcome, labels: Outcome, partners: Outcome)
     power = any(comparison.power for comparison in comparisons)
     if not all(comparison.agree for comparison in comparisons):
         if all(Comparison(got, wanted, wrong).agree for wrong in (labels, partners)):
-            return Finding(Verdict.NO_POWER)
+            return Finding(Verdict.UNSURE, ROUNDING)
         if all(comparison.same_loss for comparison in comparisons):
             return Finding(Verdict.FAILED, "the gradient of the loss is not lam * that of L(y) + (1 - lam) * ...")
         formula = f"lam * L(y) + (1 - lam) * L(y[partners]) is {float(wanted.loss):.6g}"

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from lightning_manifold_mixup import ManifoldMixupCallback, Mix, MixingError, mixing
 from lightning_manifold_mixup._step.check.compiled import WHOLE_MODULE, limit_of_graphs, torch_version
 from lightning_manifold_mixup._step.labels.targets import plain
-from tests.helpers import CLASSES, LAYERS, Classifier, Validated, assert_untouched, loader, trainer
+from tests.helpers import CLASSES, LAYERS, Classifier, Step, Validated, assert_untouched, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -24,17 +24,6 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class Step(Classifier):
-    """A training step that a compiler can take whole: nothing but tensors."""
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return self.criterion(self(x), y)
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.losses.append(outputs["loss"].item())
 
 
 def fit(module, compiled=None, layers=LAYERS, n=24, epochs=3, validate=False):

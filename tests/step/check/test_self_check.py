@@ -218,6 +218,11 @@ def numpy_loss(z, y):
     return (F.cross_entropy(z, y, reduction="none") * weight).mean()
 
 
+def under_autocast(z, y):
+    assert torch.is_autocast_enabled("cpu")
+    return F.cross_entropy(z, y)
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 class TestPasses:
     @pytest.mark.parametrize("passes", ["auto", 2])
@@ -371,21 +376,33 @@ class TestHowItTrains:
         trainer(callback, Count(), **precision).fit(Coarse(None, network().float()), batches)
         assert [b - a for a, b in itertools.pairwise(counted[:10])] == [1] * 9
 
-    @pytest.mark.parametrize("loss", [F.cross_entropy, numpy_loss], ids=["one pass", "two passes"])
-    def test_half_precision_that_is_rounded_otherwise_in_each_run(self, loss):
-        """As on a GPU, whose sums may be taken in another order: it is no mistake, and does not hide one."""
+    @pytest.mark.parametrize(
+        ("loss", "passes"),
+        [(F.cross_entropy, 1), (numpy_loss, 2), (under_autocast, 2)],
+        ids=["one pass", "two passes", "cannot be told"],
+    )
+    def test_half_precision_that_is_rounded_otherwise_in_each_run(self, loss, passes):
+        """As on a GPU, whose sums may be taken in another order: it is no mistake, and does not hide one.
+
+        Where a step does not run without autocast, nobody can tell, and it runs twice.
+        """
         runs = itertools.count()
 
         class Rounded(nn.Module):
             def forward(self, h):
-                return h * (1 + 0.02 * (next(runs) % 3)) if torch.is_autocast_enabled("cpu") else h
+                return h * (1 + 0.04 * (next(runs) % 2)) if torch.is_autocast_enabled("cpu") else h
+
+        class Count(L.Callback):
+            def on_train_batch_end(self, *args):
+                counted.append(next(runs))
 
         module = Module(lambda z, y: loss(z.float(), y), nn.Sequential(*network().float(), Rounded()))
         x, y = data(96)
-        callback = ManifoldMixupCallback(layers=["input", "model.1"], seed=0)
+        callback, counted = ManifoldMixupCallback(layers=["input", "model.1"], seed=0), []
         batches = DataLoader(TensorDataset(x.float(), y), 8)
-        _, warned = train(module, batches, callback, precision="bf16-mixed")
-        assert sum("twice" in message for message in warned) == (loss is numpy_loss)
+        _, warned = train(module, batches, callback, callbacks=[Count()], precision="bf16-mixed")
+        assert sum("twice" in message for message in warned) == passes - 1
+        assert [b - a - 1 for a, b in itertools.pairwise(counted[:10])] == [passes] * 9
 
     @pytest.mark.parametrize("needs", ["nothing", "training mode", "training mode and autocast"])
     def test_a_small_leak_is_no_rounding(self, needs):
